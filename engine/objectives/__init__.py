@@ -1,0 +1,48 @@
+"""What training minimises: a weighted sum of ratios, each divided by its own global count.
+
+An objective counts before the forward pass and sums after it, so the step can add the counts of
+all microbatches and ranks with one all-reduce and divide once. That makes the loss independent
+of accumulation, packing and uneven ranks.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.data.batch import Batch
+
+SequenceSum = Callable[[Tensor], Tensor]
+
+
+class Objective(Protocol):
+    """A pure function of per-token log-probabilities; `engine/objectives/<name>.py` holds one."""
+
+    coefficients: Mapping[str, float]
+    """Weight of each term in the loss; its keys are the names of the terms."""
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count what each term will be divided by; float64 scalars on the batch's device."""
+        ...
+
+    def sums(self, logps_BT: Tensor, batch: Batch, sequence_sum: SequenceSum) -> dict[str, Tensor]:
+        """Add up each term over this microbatch; differentiable fp32 scalars.
+
+        `sequence_sum` adds a per-sequence value over the ranks that share a sequence; an
+        objective that is nonlinear in a sequence's total applies it before the nonlinearity.
+        """
+        ...
+
+
+def combine(
+    sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], coefficients: Mapping[str, float]
+) -> Tensor:
+    """Return the loss: each term's sum over its global count, weighted.
+
+    A term whose global count is zero contributes nothing.
+    """
+    terms = [
+        weight * sums[name] / counts[name].clamp(min=1).to(sums[name].dtype)
+        for name, weight in coefficients.items()
+    ]
+    return sum(terms[1:], start=terms[0])

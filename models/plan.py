@@ -1,0 +1,87 @@
+"""What a model says about its own structure, in words every parallelism can read.
+
+Standard library only: `parallelisms/` reads this file and nothing else of `models/`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal[
+    "vocab_rows",  # embedding split over the vocabulary
+    "vocab_rows_whole",  # the same, tokens leave whole (features are merged into them)
+    "columns",  # linear split over its outputs
+    "rows",  # linear split over its inputs; the partial results are summed
+    "per_token",  # small and replicated, each token alone (norms)
+    "per_head",  # norm over the channels of local heads
+    "gather_tokens",  # entrance that needs all tokens of a row
+    "split_tokens",  # entrance where tokens arrive whole
+    "vocab_columns",  # language-model head: log-probabilities over a split vocabulary
+    "replicated",  # not split
+    "whole_output",  # results leave as plain tensors
+]
+
+
+def _union(left: tuple[str, ...], right: tuple[str, ...]) -> tuple[str, ...]:
+    return left + tuple(name for name in right if name not in left)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPlan:
+    """The parallel description of one architecture.
+
+    Names are module names (parameter names in `tied`); `*` and `[qk]` match within one
+    dot-separated part, `""` is the model itself.
+    """
+
+    first: tuple[str, ...] = ()
+    """Run once before the blocks: sharding units of their own, first pipeline stage."""
+
+    blocks: tuple[str, ...] = ()
+    """The repeated unit: sharding, checkpointing and compile wrap one, a pipeline cuts between two."""
+
+    last: tuple[str, ...] = ()
+    """Run once after the blocks: one sharding unit, kept gathered; last pipeline stage."""
+
+    attention: tuple[str, ...] = ()
+    """Modules called as `core(q, k, v, *, mask)`: where context parallelism steps in."""
+
+    experts: tuple[str, ...] = ()
+    """Modules called as `experts(x_RD, counts_E)`: where expert parallelism steps in."""
+
+    tied: tuple[tuple[str, str], ...] = ()
+    """Parameter pairs that must stay one tensor; the first is the owner."""
+
+    tensor: Mapping[str, Role] = field(default_factory=dict[str, Role])
+    """Role of each module under tensor and sequence parallelism."""
+
+    def under(self, prefix: str) -> "ModelPlan":
+        """Return the same plan for a model that sits at `prefix` of a larger one.
+
+        Only the outermost model keeps a `last` group gathered, so a tower's `last` becomes
+        ordinary units.
+        """
+
+        def at(name: str) -> str:
+            return f"{prefix}.{name}" if name else prefix
+
+        return ModelPlan(
+            first=tuple(at(n) for n in self.first + self.last),
+            blocks=tuple(at(n) for n in self.blocks),
+            attention=tuple(at(n) for n in self.attention),
+            experts=tuple(at(n) for n in self.experts),
+            tied=tuple((at(a), at(b)) for a, b in self.tied),
+            tensor={at(n): role for n, role in self.tensor.items()},
+        )
+
+    def __or__(self, other: "ModelPlan") -> "ModelPlan":
+        """Join two plans; where both name a module, the right one's role wins."""
+        return ModelPlan(
+            first=_union(self.first, other.first),
+            blocks=_union(self.blocks, other.blocks),
+            last=_union(self.last, other.last),
+            attention=_union(self.attention, other.attention),
+            experts=_union(self.experts, other.experts),
+            tied=self.tied + tuple(pair for pair in other.tied if pair not in self.tied),
+            tensor={**self.tensor, **other.tensor},
+        )
