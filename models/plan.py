@@ -38,7 +38,7 @@ class ModelPlan:
     """Run once before the blocks: sharding units of their own, first pipeline stage."""
 
     blocks: tuple[str, ...] = ()
-    """The repeated unit: sharding, checkpointing and compile wrap one, a pipeline cuts between two."""
+    """The repeated unit: sharding, checkpointing and compile wrap one, a pipeline cuts between."""
 
     last: tuple[str, ...] = ()
     """Run once after the blocks: one sharding unit, kept gathered; last pipeline stage."""

@@ -1,0 +1,129 @@
+"""Attention arithmetic behind one interface; each other file here is a backend.
+
+A backend has `prepare(mask)`, called once per forward pass, `attend(q, k, v, *, mask, scale)`,
+called by every block, and `unsupported_reason(...)`. The one asked for is used or refused.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.registry import load_member, member_names
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionMask:
+    """Which key each query may see: those of its document that are not behind it.
+
+    Without documents each row is one document; padding may follow it, never precede it.
+    """
+
+    query_positions_BT: Tensor
+    key_positions_BS: Tensor
+    query_documents_BT: Tensor | None
+    key_documents_BS: Tensor | None
+
+    is_causal: bool
+    """Queries are the keys and a row is one document: causal attention suffices."""
+
+    prepared: object = None
+    """What the backend made of the above."""
+
+    def allowed_BTS(self) -> Tensor:
+        """Return the mask as booleans, True where the query may see the key."""
+        allowed = self.query_positions_BT[:, :, None] >= self.key_positions_BS[:, None, :]
+        if self.query_documents_BT is None or self.key_documents_BS is None:
+            return allowed
+        same = self.query_documents_BT[:, :, None] == self.key_documents_BS[:, None, :]
+        return allowed & same
+
+
+class Backend(Protocol):
+    """A file of this package, called `models/attention/<name>.py`."""
+
+    def prepare(self, mask: AttentionMask) -> object:
+        """Return what `attend` wants to read of the mask."""
+        ...
+
+    def attend(
+        self, q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, *, mask: AttentionMask, scale: float
+    ) -> Tensor:
+        """Return the attended values (B, T, H, C)."""
+        ...
+
+    def unsupported_reason(self, *, device_type: str, training: bool, head_dim: int) -> str | None:
+        """Say why the backend cannot do this here, or None if it can."""
+        ...
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the values that `model.attention` may have."""
+    return member_names(__name__)
+
+
+def unsupported_reason(
+    backend: str, *, device_type: str, training: bool, head_dim: int
+) -> str | None:
+    """Say why a backend cannot run on such a device, and what to do; None if it can."""
+    reason = load_member(__name__, backend, "unsupported_reason")
+    return reason(device_type=device_type, training=training, head_dim=head_dim)
+
+
+class AttentionMasks(nn.Module):
+    """Makes the mask that all blocks of one forward pass share; holds no parameters."""
+
+    def __init__(self, backend: str, *, head_dim: int) -> None:
+        super().__init__()
+        self.backend = backend
+        self.head_dim = head_dim
+        self.prepare = load_member(__name__, backend, "prepare")
+
+    def forward(
+        self,
+        positions_BT: Tensor,
+        *,
+        documents_BT: Tensor | None = None,
+        keys: tuple[Tensor, Tensor | None] | None = None,
+    ) -> AttentionMask:
+        """Return the mask of queries at `positions_BT`.
+
+        `keys` gives positions and documents of the keys where these are not the queries.
+        """
+        reason = unsupported_reason(
+            self.backend,
+            device_type=positions_BT.device.type,
+            training=torch.is_grad_enabled(),
+            head_dim=self.head_dim,
+        )
+        if reason is not None:
+            raise ValueError(f"model.attention = {self.backend!r} cannot be used: {reason}")
+        key_positions_BS, key_documents_BS = keys or (positions_BT, documents_BT)
+        mask = AttentionMask(
+            query_positions_BT=positions_BT,
+            key_positions_BS=key_positions_BS,
+            query_documents_BT=documents_BT,
+            key_documents_BS=key_documents_BS,
+            is_causal=keys is None and documents_BT is None,
+        )
+        return replace(mask, prepared=self.prepare(mask))
+
+
+class AttentionCore(nn.Module):
+    """The arithmetic of attention, without parameters; context parallelism wraps its forward."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.attend = load_member(__name__, backend, "attend")
+
+    def forward(
+        self, q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, *, mask: AttentionMask
+    ) -> Tensor:
+        """Return the attended values (B, T, H, C); query heads share key/value heads in groups."""
+        return self.attend(q_BTHC, k_BSKC, v_BSKC, mask=mask, scale=q_BTHC.shape[-1] ** -0.5)
+
+    def extra_repr(self) -> str:
+        """Show the backend."""
+        return self.backend

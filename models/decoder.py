@@ -1,0 +1,248 @@
+"""The decoder that all dense families share, and its one parallel plan."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from models.attention import AttentionCore, AttentionMask, AttentionMasks
+from models.layers.head import LMHead
+from models.layers.mlp import GatedMLP
+from models.layers.norm import RMSNorm
+from models.layers.rope import RopeConfig, Rotary, RotaryEmbedding, rotate
+from models.plan import ModelPlan
+
+if TYPE_CHECKING:
+    from models.cache import KVCache, LayerCache
+
+DECODER_PLAN = ModelPlan(
+    first=("model.embed_tokens",),
+    blocks=("model.layers.*",),
+    last=("model.norm", "lm_head"),
+    attention=("model.layers.*.self_attn.core",),
+    tensor={
+        "": "whole_output",
+        "model.embed_tokens": "vocab_rows",
+        "model.layers.*.input_layernorm": "per_token",
+        "model.layers.*.self_attn": "gather_tokens",
+        "model.layers.*.self_attn.[qkv]_proj": "columns",
+        "model.layers.*.self_attn.o_proj": "rows",
+        "model.layers.*.post_attention_layernorm": "per_token",
+        "model.layers.*.mlp": "gather_tokens",
+        "model.layers.*.mlp.gate_proj": "columns",
+        "model.layers.*.mlp.up_proj": "columns",
+        "model.layers.*.mlp.down_proj": "rows",
+        "model.norm": "per_token",
+        "lm_head": "vocab_columns",
+    },
+)
+
+TIED_PLAN = DECODER_PLAN | ModelPlan(tied=(("model.embed_tokens.weight", "lm_head.weight"),))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """Shape of a decoder; a family file makes one from a size table or from a config.json."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+
+    hidden_size: int
+    """Channels of a token between blocks."""
+
+    num_layers: int
+    """Blocks."""
+
+    num_heads: int
+    """Query heads."""
+
+    num_kv_heads: int
+    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
+
+    head_dim: int
+    """Channels of a head."""
+
+    intermediate_size: int
+    """Channels inside the feed-forward layer."""
+
+    rope: RopeConfig
+    """Rotary position embedding."""
+
+    max_position_embeddings: int
+    """Longest row in tokens that the model is meant for."""
+
+    norm_eps: float = 1e-5
+    """Added to the mean square before its root."""
+
+    tie_word_embeddings: bool = False
+    """The head is the embedding, one tensor."""
+
+    attention_bias: bool = False
+    """The four projections of attention have a bias."""
+
+    mlp_bias: bool = False
+    """The three projections of the feed-forward layer have a bias."""
+
+    initializer_range: float = 0.02
+    """Standard deviation of initial values; see `models/initialise.py`."""
+
+    bos_token_id: int | None = None
+    """First token of a document."""
+
+    eos_token_id: int | tuple[int, ...] | None = None
+    """Last token of a document; generation stops at any of them."""
+
+    pad_token_id: int | None = None
+    """Filler token."""
+
+    attention: str = "sdpa"
+    """Attention backend, a file name of `models/attention/`."""
+
+    head_chunk_tokens: int = 4096
+    """Tokens whose logits the head holds at once when it scores labels."""
+
+    head_recompute_logits: bool = True
+    """Compute logits again in the backward when there are several chunks, instead of keeping
+    them: less memory, one more matrix product."""
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_dim", "intermediate_size", "head_chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model has {name} = {getattr(self, name)}; give at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model has num_heads = {self.num_heads}, which num_kv_heads = "
+                f"{self.num_kv_heads} does not divide; give a divisor"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model has head_dim = {self.head_dim}; rotary embedding needs an even number"
+            )
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, width, bias=bias)
+        self.core = AttentionCore(config.attention)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        rotary: Rotary,
+        mask: AttentionMask,
+        cache: "LayerCache | None" = None,
+    ) -> Tensor:
+        """Return what each token reads from the tokens that `mask` lets it see."""
+        # Heads are counted by unflatten, since a rank may hold only some of them.
+        q_BTHC = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k_BSKC = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BSKC = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q_BTHC, k_BSKC = rotate(q_BTHC, rotary), rotate(k_BSKC, rotary)
+        if cache is not None:
+            k_BSKC, v_BSKC = cache.append(k_BSKC, v_BSKC)
+        return self.o_proj(self.core(q_BTHC, k_BSKC, v_BSKC, mask=mask).flatten(-2))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a norm before and a residual around it."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        rotary: Rotary,
+        mask: AttentionMask,
+        cache: "LayerCache | None" = None,
+    ) -> Tensor:
+        """Return the tokens after this block."""
+        attended = self.self_attn(
+            self.input_layernorm(x_BTD), rotary=rotary, mask=mask, cache=cache
+        )
+        x_BTD = x_BTD + attended
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        rotary: Rotary,
+        mask: AttentionMask,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """Return the hidden state of each token (B, T, D), in the dtype of the embedding."""
+        x_BTD = self.embed_tokens(tokens_BT)
+        for index, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[index]
+            x_BTD = block(x_BTD, rotary=rotary, mask=mask, cache=layer_cache)
+        return self.norm(x_BTD)
+
+
+class DecoderLM(nn.Module):
+    """A causal language model whose parameters carry Hugging Face's names."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.masks = AttentionMasks(config.attention, head_dim=config.head_dim)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+        self.model = Decoder(config)
+        self.lm_head = LMHead(
+            config.hidden_size,
+            config.vocab_size,
+            chunk_tokens=config.head_chunk_tokens,
+            recompute_logits=config.head_recompute_logits,
+        )
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor,
+        documents_BT: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """Return logits (B, T, V), or with labels their fp32 log-probabilities (B, T).
+
+        A token sees the tokens of its own document up to its position. Without `documents_BT`
+        each row is one document with positions 0 to T-1, with or without padding after it.
+        A label of -100 scores 0. With a cache, keys and values of earlier calls are seen too.
+        """
+        keys = None if cache is None else cache.extend(positions_BT, documents_BT)
+        mask = self.masks(positions_BT, documents_BT=documents_BT, keys=keys)
+        x_BTD = self.model(tokens_BT, rotary=self.rotary(positions_BT), mask=mask, cache=cache)
+        return self.lm_head(x_BTD, labels_BT=labels_BT)
+
+
+def decoder_plan(config: DecoderConfig) -> ModelPlan:
+    """Return the plan of the shared decoder, with the tied pair where there is one."""
+    return TIED_PLAN if config.tie_word_embeddings else DECODER_PLAN

@@ -1,0 +1,100 @@
+"""Parameters and floating-point operations of a decoder, counted from its shape.
+
+A multiplication and an addition are two operations. The backward of a matrix product costs twice
+its forward. Recomputation by activation checkpointing or by fused attention kernels is not
+counted, so that the figure says what the training needs, not what an implementation spends.
+Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B (6N + 12 L H C T per token).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from models.decoder import DecoderConfig
+
+FORWARD_AND_BACKWARD = 3
+
+
+class _Weight(NamedTuple):
+    name: str
+    num_elements: int
+    is_matrix: bool
+
+
+def _weights(config: DecoderConfig) -> Iterator[_Weight]:
+    """Yield every parameter in the order of the forward pass, the embedding without a product."""
+    width, hidden = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield _Weight("model.embed_tokens.weight", config.vocab_size * width, False)
+
+    def linear(name: str, inputs: int, outputs: int, has_bias: bool) -> Iterator[_Weight]:
+        yield _Weight(f"{name}.weight", inputs * outputs, True)
+        if has_bias:
+            yield _Weight(f"{name}.bias", outputs, False)
+
+    for index in range(config.num_layers):
+        block = f"model.layers.{index}"
+        yield _Weight(f"{block}.input_layernorm.weight", width, False)
+        yield from linear(f"{block}.self_attn.q_proj", width, queries, config.attention_bias)
+        yield from linear(f"{block}.self_attn.k_proj", width, keys, config.attention_bias)
+        yield from linear(f"{block}.self_attn.v_proj", width, keys, config.attention_bias)
+        yield from linear(f"{block}.self_attn.o_proj", queries, width, config.attention_bias)
+        yield _Weight(f"{block}.post_attention_layernorm.weight", width, False)
+        yield from linear(f"{block}.mlp.gate_proj", width, hidden, config.mlp_bias)
+        yield from linear(f"{block}.mlp.up_proj", width, hidden, config.mlp_bias)
+        yield from linear(f"{block}.mlp.down_proj", hidden, width, config.mlp_bias)
+    yield _Weight("model.norm.weight", width, False)
+    yield _Weight("lm_head.weight", width * config.vocab_size, True)
+
+
+def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
+    """Return the number of parameters: all, and all that are not the token embedding.
+
+    A tied head counts once in the first figure and, since it is a matrix product, in the second.
+    """
+    everything = sum(weight.num_elements for weight in _weights(config))
+    embedding = config.vocab_size * config.hidden_size
+    return everything - embedding * config.tie_word_embeddings, everything - embedding
+
+
+def train_flops_per_token(
+    config: DecoderConfig,
+    seq_len: int,
+    *,
+    is_trainable: Callable[[str], bool] = lambda name: True,
+) -> float:
+    """Return 6 N' + 12 L H C S for one trained token of a row of S tokens.
+
+    N' is every weight that is multiplied with a token: all but the embedding, norms and biases.
+    Attention counts the whole S x S square, the usual convention, although half is masked.
+    """
+    linear = linear_train_flops_per_token(config, is_trainable=is_trainable)
+    return linear + attention_train_flops(config, seq_len, causal=False)
+
+
+def linear_train_flops_per_token(
+    config: DecoderConfig, *, is_trainable: Callable[[str], bool] = lambda name: True
+) -> int:
+    """Return the operations of all weight products for one trained token.
+
+    A frozen weight has no gradient of its own, and passes one on only if something before it in
+    the forward pass is trained.
+    """
+    operations, is_anything_trained = 0, False
+    for weight in _weights(config):
+        if weight.is_matrix:
+            products = 1 + is_anything_trained + is_trainable(weight.name)
+            operations += 2 * products * weight.num_elements
+        is_anything_trained = is_anything_trained or is_trainable(weight.name)
+    return operations
+
+
+def attention_train_flops(
+    config: DecoderConfig, squared_document_tokens: float, *, causal: bool = True
+) -> float:
+    """Return the operations of attention for documents whose squared lengths add up to this.
+
+    12 L H C per pair of tokens: two products of H C multiply-adds, forward and backward. With
+    `causal` only half of the square is counted, the half that is not masked.
+    """
+    per_pair = FORWARD_AND_BACKWARD * 4 * config.num_layers * config.num_heads * config.head_dim
+    return per_pair * squared_document_tokens / (2 if causal else 1)

@@ -1,0 +1,101 @@
+"""Initial values as pure functions of seed, parameter name and place, the same for every layout.
+
+A parameter is drawn in fixed blocks of rows, each from a generator of its own, so a rank that
+holds a part draws only the blocks it touches and gets the bits that one process would get.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.decoder import DecoderConfig
+from models.layers.norm import RMSNorm
+
+BLOCK_ROWS = 64
+"""Changing this changes every initial value."""
+
+RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitialRule:
+    """What a parameter starts from."""
+
+    kind: Literal["normal", "zeros", "ones"]
+    """Family of values."""
+
+    std: float = 0.0
+    """Standard deviation of `normal`."""
+
+
+def initial_values(
+    model: nn.Module, config: DecoderConfig, *, seed: int
+) -> Callable[[str, Sequence[slice]], Tensor]:
+    """Return the function that draws part of a named parameter of `model`.
+
+    The model may be on the meta device and may be split; names and whole shapes are what counts.
+    """
+    parameters = dict(model.named_parameters())
+    rules = {name: initial_rule(model, config, name) for name in parameters}
+
+    def draw(name: str, slices: Sequence[slice]) -> Tensor:
+        return initial_slice(name, parameters[name].shape, rules[name], slices, seed)
+
+    return draw
+
+
+def initial_rule(model: nn.Module, config: DecoderConfig, name: str) -> InitialRule:
+    """Return the rule of one parameter, by the kind of its module and the depth of the model.
+
+    Norm weights are ones, biases zeros, matrices normal with standard deviation
+    `initializer_range`, divided by sqrt(2 x num_layers) where the result is added to the residual
+    stream. Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners",
+    section 2.3, with Llama's `initializer_range`.
+    """
+    owner_name, _, kind = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if isinstance(owner, RMSNorm):
+        return InitialRule(kind="ones")
+    if kind == "bias":
+        return InitialRule(kind="zeros")
+    assert isinstance(owner, nn.Linear | nn.Embedding), f"{name} has no rule"
+    std = config.initializer_range
+    if name.endswith(RESIDUAL_OUTPUTS):
+        std /= math.sqrt(2 * config.num_layers)
+    return InitialRule(kind="normal", std=std)
+
+
+def initial_slice(
+    name: str, shape: Sequence[int], rule: InitialRule, slices: Sequence[slice], seed: int
+) -> Tensor:
+    """Return a rectangular part of a parameter; fp32, on the CPU.
+
+    Memory stays near the size of the part, whatever the size of the parameter.
+    """
+    ranges = [range(*s.indices(n)) for s, n in zip(slices, shape, strict=False)]
+    sizes = [len(r) for r in ranges] + list(shape[len(ranges) :])
+    if rule.kind != "normal":
+        return torch.full(sizes, 1.0 if rule.kind == "ones" else 0.0)
+    part = torch.empty(sizes)
+    rows, inner = ranges[0], tuple(slices[1:])
+    for block in range(rows.start // BLOCK_ROWS, math.ceil(rows.stop / BLOCK_ROWS)):
+        first = block * BLOCK_ROWS
+        last = min(first + BLOCK_ROWS, shape[0])
+        values = torch.randn(
+            (last - first, *shape[1:]), generator=_generator(seed, name, block), device="cpu"
+        )
+        start, stop = max(first, rows.start), min(last, rows.stop)
+        wanted = values[(slice(start - first, stop - first), *inner)]
+        part[start - rows.start : stop - rows.start] = wanted
+    return part.mul_(rule.std)
+
+
+def _generator(seed: int, name: str, block: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{name}:{block}".encode(), digest_size=8).digest()
+    # The sign bit stays free: manual_seed takes a signed number.
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest) >> 1)

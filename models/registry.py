@@ -1,0 +1,119 @@
+"""Finds an architecture by its file name and describes it in one record.
+
+Standard library only, so that every package can look things up without loading torch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
+
+from models.plan import ModelPlan
+
+if TYPE_CHECKING:
+    from models.decoder import DecoderConfig, DecoderLM
+    from models.weights import KeyMap
+
+FAMILIES = "models.families"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFamily:
+    """Everything the engine needs to know about one architecture; see `models/families/`."""
+
+    name: str
+    """File name of the family, the value of `model.name`."""
+
+    hf_model_types: tuple[str, ...]
+    """Values of `model_type` in a Hugging Face config.json that this family builds."""
+
+    flavors: Mapping[str, "DecoderConfig"]
+    """Named sizes, the values of `model.flavor`."""
+
+    config_from_hf: Callable[[Mapping[str, object]], "DecoderConfig"]
+    """Read a config.json; ValueError for what the family cannot reproduce."""
+
+    config_to_hf: Callable[["DecoderConfig"], dict[str, object]]
+    """Write a complete config.json, without the dtype of the weights."""
+
+    build: Callable[["DecoderConfig"], "DecoderLM"]
+    """Make the model on the current default device, parameters not initialised."""
+
+    plan: Callable[["DecoderConfig"], ModelPlan]
+    """Describe the model to the parallelisms."""
+
+    key_map: Callable[["DecoderConfig"], "KeyMap"]
+    """Translate parameter names to and from a Hugging Face checkpoint."""
+
+    def flavor(self, name: str) -> "DecoderConfig":
+        """Return the named size; ValueError lists the sizes there are."""
+        if name in self.flavors:
+            return self.flavors[name]
+        if name.endswith(("_varlen", "_varlen_attn")):
+            size = name.split("_varlen")[0]
+            raise ValueError(
+                f"model.flavor = {name!r} asks for variable-length attention kernels, which are "
+                f"not there yet; use model.flavor = {size!r}, which never lets documents of a "
+                "row see each other either, or the same with '_flex' on GPUs"
+            )
+        raise ValueError(
+            f"model.flavor = {name!r} is not a size of {self.name}; "
+            f"{suggestion(name, self.flavors)}use one of {', '.join(self.flavors)}"
+        )
+
+
+def suggestion(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
+    """Return "did you mean 'x'? " for the nearest known name, or nothing."""
+    by_lower_case = {one.lower(): one for one in known}
+    nearest = get_close_matches(name.lower(), by_lower_case, n=1)
+    return f"did you mean {by_lower_case[nearest[0]]!r}? " if nearest else ""
+
+
+def member_names(package: str) -> tuple[str, ...]:
+    """Return the names of the modules in a package, sorted."""
+    found = iter_modules(import_module(package).__path__)
+    return tuple(sorted(module.name for module in found if not module.ispkg))
+
+
+def load_member(package: str, name: str, attribute: str) -> Any:
+    """Return `attribute` of the module called `name` in `package`.
+
+    A dotted `name` is the path of a module outside this repository. ValueError lists the modules
+    that the package holds.
+    """
+    if "." in name:
+        try:
+            module = import_module(name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"module {name!r} cannot be imported: {error}") from error
+        if not hasattr(module, attribute):
+            raise ValueError(f"module {name!r} does not define {attribute!r}")
+        return getattr(module, attribute)
+    names = member_names(package)
+    if name not in names:
+        raise ValueError(
+            f"{name!r} is not one of the files of {package}; {suggestion(name, names)}"
+            f"use one of {', '.join(names)}, or the dotted path of a module of your own"
+        )
+    return getattr(import_module(f"{package}.{name}"), attribute)
+
+
+def load_family(name: str) -> ModelFamily:
+    """Return the family in `models/families/<name>.py`."""
+    return load_member(FAMILIES, name, "FAMILY")
+
+
+def family_for_hf(hf_config: Mapping[str, object]) -> ModelFamily:
+    """Return the family that builds the model of a Hugging Face config.json."""
+    model_type = hf_config.get("model_type")
+    families = [load_family(name) for name in member_names(FAMILIES)]
+    for family in families:
+        if model_type in family.hf_model_types:
+            return family
+    known = sorted(t for family in families for t in family.hf_model_types)
+    raise ValueError(
+        f"config.json has model_type = {model_type!r}, which no file of models/families builds; "
+        f"use a model of type {', '.join(known)}"
+    )

@@ -1,0 +1,132 @@
+"""Complete a text with a model in a Hugging Face folder, such as `hf/` of a finished run.
+
+    python scripts/generate.py --model outputs/hf --prompt "def "
+
+It runs the engine's own model with a cache of keys and values, on a GPU where there is one.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.cli import run_command
+from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.hf_io import load_into, read_generation_config, read_hf_config
+from models.decoder import DecoderLM
+from models.generate import check_sampling, generate
+from models.registry import family_for_hf
+from parallelisms.materialise import materialise
+
+DESCRIPTION = "Complete a text with a model in a Hugging Face folder."
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A model with its tokenizer, ready to complete texts."""
+
+    model: DecoderLM
+    tokenizer: Tokenizer
+    eos_token_ids: tuple[int, ...]
+
+
+def load(folder: Path, *, device: torch.device, dtype: str) -> Loaded:
+    """Build the model that a folder's config.json describes and fill it from its weights."""
+    hf_config = read_hf_config(folder)
+    family = family_for_hf(hf_config)
+    # A cache asks for one query at a time, where no backend but this needs no preparation.
+    config = replace(family.config_from_hf(hf_config), attention="sdpa")
+    if dtype == "auto":  # as stored; transformers 4 called the key torch_dtype
+        dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
+    tokenizer = load_tokenizer(str(folder), "")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model only "
+            f"{config.vocab_size}; put the tokenizer of this model there"
+        )
+    with torch.device("meta"):
+        model = family.build(config)
+    materialise(model.to(DTYPES[dtype]), device)
+    load_into(model, folder, family.key_map(config))
+    eos_token_ids = _end_tokens(
+        read_generation_config(folder).get("eos_token_id"), config.eos_token_id, tokenizer.eos_id
+    )
+    return Loaded(model=model.eval(), tokenizer=tokenizer, eos_token_ids=eos_token_ids)
+
+
+def _end_tokens(*settings: Any) -> tuple[int, ...]:
+    """Return the first setting that says something; each is an id, several, or None."""
+    for setting in settings:
+        if setting is not None:
+            return tuple(setting) if isinstance(setting, list | tuple) else (setting,)
+    return ()
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that `--device` asks for."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no GPU; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the options; argparse itself answers mistakes with exit code 2."""
+    parser = argparse.ArgumentParser(prog="generate.py", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="Hugging Face folder with weights and tokenizer")
+    add("--prompt", required=True, help="text to complete")
+    add("--max_new_tokens", type=int, default=100, help="tokens to add at most (100)")
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token; more: draw (0)")
+    add("--top_k", type=int, default=None, help="draw among this many likeliest tokens (all)")
+    add("--top_p", type=float, default=1.0, help="draw among the likeliest of this mass (1.0)")
+    add("--seed", type=int, default=0, help="of the draws (0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: as stored (auto)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Load, complete, print the text; what took how long goes to standard error."""
+    options = parse(arguments)
+    check_sampling(options.temperature, options.top_k, options.top_p)
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens {options.max_new_tokens}: give at least 1")
+    if not options.model.is_dir():
+        raise ValueError(f"--model {options.model} is not a folder; give one with a config.json")
+    device = choose_device(options.device)
+    loaded = load(options.model, device=device, dtype=options.dtype)
+    prompt = loaded.tokenizer.encode(options.prompt, add_special_tokens=True)
+    if not prompt:
+        raise ValueError("--prompt is empty and the tokenizer adds nothing; give some text")
+    limit = loaded.model.config.max_position_embeddings
+    if len(prompt) + options.max_new_tokens > limit:
+        print(f"note: the model was made for {limit} tokens, this is longer", file=sys.stderr)
+
+    started = time.perf_counter()
+    (tokens,) = generate(
+        loaded.model,
+        [prompt],
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        eos_token_ids=loaded.eos_token_ids,
+        generator=torch.Generator(device).manual_seed(options.seed),
+    )
+    seconds = time.perf_counter() - started
+    print(loaded.tokenizer.decode(prompt + tokens))
+    rate = len(tokens) / seconds
+    print(f"{len(tokens)} tokens on {device}, {rate:.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""Counted operations agree with what torch's own counter sees in forward and backward."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.decoder import DecoderLM
+from models.flops import (
+    attention_train_flops,
+    linear_train_flops_per_token,
+    parameter_counts,
+    train_flops_per_token,
+)
+from models.registry import load_family
+from tests.models.tiny import TINY, fill, random_tokens
+
+WITHIN = 0.01
+SHAPES = {
+    "grouped": {},
+    "tied": {"tie_word_embeddings": True},
+    "wide_heads": {"num_kv_heads": 4, "head_dim": 16},
+    "bias": {"attention_bias": True, "mlp_bias": True},
+}
+
+
+def counted_flops(model: DecoderLM, lengths: list[int]) -> int:
+    """Return torch's count for these documents, each in a row of its own."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for length in lengths:
+            tokens, positions = random_tokens(1, length), torch.arange(length)[None]
+            model(tokens, positions_BT=positions, labels_BT=tokens).sum().backward()
+    return counter.get_total_flops()
+
+
+def eager_model(**overrides) -> DecoderLM:
+    # Written-out attention: the counter sees its products, and nothing is recomputed.
+    return fill(DecoderLM(replace(TINY, attention="eager", **overrides)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_operations_of_a_row_agree_with_torchs_counter(shape):
+    model = eager_model(**SHAPES[shape])
+    expected = train_flops_per_token(model.config, 48) * 48
+    assert counted_flops(model, [48]) == pytest.approx(expected, rel=WITHIN)
+
+
+def test_operations_of_documents_follow_their_squared_lengths():
+    model = eager_model()
+    lengths = [5, 1, 40, 18]
+    squares = sum(n * n for n in lengths)
+    expected = linear_train_flops_per_token(model.config) * sum(lengths)
+    expected += attention_train_flops(model.config, squares, causal=False)
+    assert counted_flops(model, lengths) == pytest.approx(expected, rel=WITHIN)
+
+
+def test_the_causal_figure_counts_half_of_the_square():
+    whole = attention_train_flops(TINY, 100, causal=False)
+    assert attention_train_flops(TINY, 100) == whole / 2
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ("model.embed_tokens",),
+        ("model.embed_tokens", "model.layers.0"),
+        ("model.layers.1",),
+        ("model.embed_tokens", "model.layers", "model.norm"),
+    ],
+    ids=" ".join,
+)
+def test_frozen_parts_are_counted_by_their_real_backward(frozen):
+    model = eager_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    length = 4  # so short that attention hardly counts
+    counted = counted_flops(model, [length])
+    expected = linear_train_flops_per_token(
+        model.config, is_trainable=lambda name: not name.startswith(frozen)
+    )
+    attention = attention_train_flops(model.config, length**2, causal=False)
+    assert expected * length <= counted <= (expected * length + attention) * (1 + WITHIN)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_are_counted_as_the_model_has_them(shape):
+    model = DecoderLM(replace(TINY, **SHAPES[shape]))
+    everything = sum(p.numel() for p in model.parameters())
+    embedding = model.model.embed_tokens.weight.numel()
+    without = everything if model.config.tie_word_embeddings else everything - embedding
+    assert parameter_counts(model.config) == (everything, without)
+
+
+def test_the_usual_convention_gives_the_known_figure_for_8b():
+    config = load_family("llama3").flavor("8B")
+    conventional = 6 * parameter_counts(config)[1] + 12 * 32 * 4096 * 8192
+    assert train_flops_per_token(config, 8192) == pytest.approx(conventional, rel=1e-4)
