@@ -1,0 +1,136 @@
+"""`parallelize`: the one place that fixes the order in which a plan's parallelisms are applied."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from models.plan import ModelPlan
+from parallelisms.activation_checkpoint import (
+    ActivationCheckpointConfig,
+    checkpointed,
+    set_memory_budget,
+)
+from parallelisms.compile import (
+    CompileConfig,
+    compile_loss,
+    compiled,
+    overlap_tensor_parallel,
+)
+from parallelisms.fsdp import PrecisionConfig, apply_fsdp
+from parallelisms.materialise import tie
+from parallelisms.mesh import ParallelConfig, ParallelDims
+from parallelisms.resolve import ResolvedPlan, match_or_raise, resolve
+from parallelisms.tensor import apply_tensor
+
+
+def parallelize(
+    model: nn.Module,
+    plan: ModelPlan,
+    dims: ParallelDims,
+    *,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    activation_checkpoint: ActivationCheckpointConfig,
+    compile: CompileConfig,
+    frozen: Sequence[str] = (),
+) -> ResolvedPlan:
+    """Apply every parallelism that the configuration asks for to a meta model, in place.
+
+    `frozen` holds patterns of parameter names that are not trained. Every rank must call this
+    with the same arguments; `dims` has its meshes.
+
+    The order matters: tensor parallelism first, because the others wrap what it makes; ties and
+    frozen parameters after it, because its styles undo both; checkpointing before FSDP, so that
+    gathering stays outside the recomputed region; FSDP last, because its units are final modules.
+    """
+    check(parallel, activation_checkpoint, compile, dims)
+    resolved = resolve(model, plan, dims)
+    model.to(precision.master_dtype)
+    trainable = _trainable_names(model, frozen)
+    if dims.tp > 1:
+        apply_tensor(
+            model,
+            resolved,
+            dims.mesh("tp"),
+            sequence_parallel=parallel.sequence_parallel,
+            loss_parallel=not parallel.disable_loss_parallel,
+        )
+        if parallel.enable_async_tensor_parallel:
+            overlap_tensor_parallel(dims.mesh("tp"))
+    for owner, other in resolved.tied:
+        tie(model, owner, other)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    _wrap_blocks(model, resolved, activation_checkpoint, compile)
+    apply_fsdp(
+        model,
+        resolved,
+        dims.mesh("fsdp"),
+        precision=precision,
+        reshard=parallel.fsdp_reshard_after_forward,
+    )
+    now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert now == trainable, "parallelisms leave the set of trained parameters as it was"
+    return resolved
+
+
+def check(
+    parallel: ParallelConfig,
+    activation_checkpoint: ActivationCheckpointConfig,
+    compile: CompileConfig,
+    dims: ParallelDims,
+) -> None:
+    """Refuse combinations of these sections that cannot work; needs no model."""
+    if activation_checkpoint.mode == "memory_budget" and not compile.compiles("model"):
+        raise ValueError(
+            'activation_checkpoint.mode = "memory_budget" is a choice of the compiler; set '
+            'compile.enable = true with "model" among compile.components, or use mode = "selective"'
+        )
+    if not parallel.enable_async_tensor_parallel or dims.tp == 1:
+        return
+    reason = None
+    if not parallel.sequence_parallel:
+        reason = "it overlaps the collectives of parallelism.sequence_parallel, which is false"
+    elif not (compile.compiles("model") and compile.backend == "inductor"):
+        reason = 'the compiler does it: set compile.enable = true, with backend "inductor"'
+    elif not torch.cuda.is_available():
+        reason = "it needs CUDA devices that reach each other's memory"
+    if reason is not None:
+        raise ValueError(f"parallelism.enable_async_tensor_parallel = true cannot work: {reason}")
+
+
+def _trainable_names(model: nn.Module, frozen: Sequence[str]) -> set[str]:
+    named = dict(model.named_parameters())
+    stopped = {n for p in frozen for n in match_or_raise(list(named), p, "frozen pattern")}
+    return {name for name, p in named.items() if p.requires_grad and name not in stopped}
+
+
+def _wrap_blocks(
+    model: nn.Module,
+    plan: ResolvedPlan,
+    activation_checkpoint: ActivationCheckpointConfig,
+    compile: CompileConfig,
+) -> None:
+    """Replace each block's `forward`, checkpointed and compiled; hooks stay outside of it.
+
+    A whole block is checkpointed outside the compiled graph: the other way torch saves the mesh
+    of tensor parallelism as if it were a tensor. A choice per operation must be seen by the
+    compiler, so there the checkpoint is inside.
+    """
+    set_memory_budget(activation_checkpoint)
+    compiles = compile.compiles("model")
+    for number, name in enumerate(plan.blocks):
+        block = model.get_submodule(name)
+        forward = block.forward
+        if compiles and not activation_checkpoint.is_per_operation:
+            forward = compiled(forward, compile)
+        if activation_checkpoint.covers(number):
+            forward = checkpointed(forward, activation_checkpoint, block)
+        if compiles and activation_checkpoint.is_per_operation:
+            forward = compiled(forward, compile)
+        block.forward = forward
+    if compile.compiles("loss"):
+        for name, role in plan.roles.items():
+            if role == "vocab_columns":
+                compile_loss(model.get_submodule(name), compile)

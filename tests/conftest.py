@@ -1,0 +1,12 @@
+"""What every test shares: one thread per process, and the pool of gloo ranks."""
+
+import os
+
+# Before torch loads: forked workers hang at their first matmul if the parent used more threads.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Each rank would start a pool of compilers, and they would compile the same kernels.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+pytest_plugins = ["tests.ranks"]

@@ -1,0 +1,148 @@
+"""Sharding units: what is gathered when, and in which dtype."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from parallelisms.collectives import clip_gradients
+from parallelisms.fsdp import PrecisionConfig
+from tests.parity.cases import Case, batch, build_case, compare, forward, train
+from tests.ranks import RankPool
+
+
+def units(rank: int, world_size: int, case: Case) -> list[str]:
+    model, _ = build_case(case)
+    return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+
+
+def test_units_are_first_each_block_last_together_and_the_model(ranks: RankPool) -> None:
+    blocks = [f"model.layers.{i}" for i in range(3)]
+    found = ranks(2, units, Case(shard=2))[0]
+    assert found == ["", "model.embed_tokens", *blocks, "model.norm", "lm_head"]
+
+
+def test_tied_modules_belong_to_the_models_own_unit(ranks: RankPool) -> None:
+    found = ranks(2, units, Case(shard=2, tied=True))[0]
+    assert found == ["", *(f"model.layers.{i}" for i in range(3))]
+
+
+def gathered_after_forward(rank: int, world_size: int, case: Case) -> tuple[bool, ...]:
+    model, dims = build_case(case)
+    rows = batch(case)
+    mine = {k: v.chunk(dims.batch_degree)[dims.batch_rank] for k, v in rows.items()}
+    forward(model, mine, case).sum()
+    names = ("model.embed_tokens", "model.layers.0.mlp.up_proj", "model.norm", "lm_head")
+    return tuple(not isinstance(model.get_parameter(f"{n}.weight"), DTensor) for n in names)
+
+
+@pytest.mark.parametrize(
+    ("reshard", "expected"),
+    [
+        ("default", (False, False, True, True)),
+        ("always", (False, False, False, False)),
+        ("never", (True, True, True, True)),
+    ],
+)
+def test_reshard_after_forward_decides_what_stays_gathered(
+    ranks: RankPool, reshard: str, expected: tuple[bool, ...]
+) -> None:
+    assert ranks(2, gathered_after_forward, Case(shard=2, reshard=reshard)) == [expected] * 2
+
+
+def offloaded(rank: int, world_size: int) -> None:
+    case = Case(shard=2, offload=True)
+    model, dims = build_case(case)
+    train(model, dims, case)
+    kept, _ = build_case(Case(shard=2))
+    train(kept, dims, Case(shard=2))
+    steps = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, kept)]
+    for own, optimizer in zip((model, kept), steps, strict=True):
+        clip_gradients(own.parameters(), 0.5)
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == "cpu"
+        other = kept.get_parameter(name)
+        assert isinstance(parameter, DTensor) and isinstance(other, DTensor)
+        assert torch.equal(parameter.to_local(), other.to_local()), name
+
+
+def test_offloading_trains_to_the_same_bits(ranks: RankPool) -> None:
+    ranks(2, offloaded)
+
+
+def gradient_of_equal_rows(rank: int, world_size: int, case: Case) -> None:
+    model, dims = build_case(case)
+    rows = {k: v[:2] for k, v in batch(case).items()}
+    forward(model, rows, case).sum().backward()
+    alone, _ = gradients_alone(case)
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter.grad, DTensor)
+        expected = alone[name] * dims.batch_degree
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected, rtol=1e-5, atol=1e-5)
+
+
+def gradients_alone(case: Case) -> tuple[dict[str, torch.Tensor], nn.Module]:
+    from models.decoder import DecoderLM
+    from parallelisms.materialise import fill
+    from tests.parity.cases import model_config, start_values
+
+    config = model_config(case)
+    model = DecoderLM(config)
+    fill(model, start_values(model, config))
+    rows = {k: v[:2] for k, v in batch(case).items()}
+    forward(model, rows, case).sum().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model
+
+
+@pytest.mark.parametrize(
+    "case", [Case(shard=2), Case(replicate=2), Case(replicate=2, shard=2), Case()], ids=str
+)
+def test_gradients_are_added_over_ranks_not_averaged(ranks: RankPool, case: Case) -> None:
+    ranks(case.world_size, gradient_of_equal_rows, case)
+
+
+def second_step(rank: int, world_size: int, case: Case) -> None:
+    model, dims = build_case(case)
+    train(model, dims, case)
+    for parameter in model.parameters():
+        parameter.grad = None
+    compare(model, train(model, dims, case), case).check()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(shard=2),
+        Case(shard=2, tp=2, tied=True, checkpointing="op"),
+        Case(replicate=2, tp=2, reshard="never"),
+    ],
+    ids=str,
+)
+def test_a_second_backward_gives_the_same_gradients(ranks: RankPool, case: Case) -> None:
+    ranks(case.world_size, second_step, case)
+
+
+def validation_between_steps(rank: int, world_size: int, case: Case) -> None:
+    model, dims = build_case(case)
+    rows = batch(case)
+    mine = {k: v.chunk(dims.batch_degree)[dims.batch_rank] for k, v in rows.items()}
+    train(model, dims, case)
+    for parameter in model.parameters():
+        parameter.grad = None
+    with torch.no_grad():
+        forward(model, mine, case)
+    compare(model, train(model, dims, case), case).check()
+
+
+@pytest.mark.parametrize("case", [Case(shard=2, tied=True), Case(shard=2, tp=2)], ids=str)
+def test_a_forward_without_gradient_between_steps_changes_nothing(
+    ranks: RankPool, case: Case
+) -> None:
+    ranks(case.world_size, validation_between_steps, case)
+
+
+def test_the_dtypes_are_described_in_one_line() -> None:
+    text = PrecisionConfig(cpu_offload=True).describe()
+    assert text == "compute bfloat16, master float32, reduce float32, masters in host memory"

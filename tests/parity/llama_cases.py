@@ -1,0 +1,89 @@
+"""Random Llama models of transformers, and ours with the same weights and config.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models.decoder import DecoderLM
+from models.registry import family_for_hf
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SHAPE = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# The released models differ in these settings; sizes are tiny.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama_2": {"num_key_value_heads": 4, "rope_scaling": None, "rms_norm_eps": 1e-6},
+    "llama_2_70b": {"rope_scaling": None},
+    "llama_3": {"rope_theta": 500_000.0},
+    "llama_3_1": {"rope_theta": 500_000.0, "rope_scaling": LLAMA3_SCALING},
+    "llama_3_2": {
+        "rope_theta": 500_000.0,
+        "rope_scaling": {**LLAMA3_SCALING, "factor": 32.0},
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+    },
+    "llama_3_3": {
+        "rope_theta": 500_000.0,
+        "rope_scaling": LLAMA3_SCALING,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+    },
+    "linear_rope": {"rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "attention_bias": {"rope_theta": 10_000.0, "attention_bias": True},
+    "mlp_bias_tied": {"rope_theta": 1e4, "mlp_bias": True, "tie_word_embeddings": True},
+}
+
+
+def llama_config(settings: Mapping[str, Any]) -> LlamaConfig:
+    """Return transformers' configuration; it gets a copy, since it changes what it is given."""
+    copy: dict[str, Any] = json.loads(json.dumps(settings))
+    return LlamaConfig(**copy)
+
+
+def random_llama(name: str, **overrides: Any) -> Any:
+    """Return transformers' model with random weights in fp32, norms and biases included."""
+    torch.manual_seed(0)
+    config = llama_config({**SHAPE, **MODELS[name], **overrides})
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def same_in_ours(theirs: Any, folder: Path) -> DecoderLM:
+    """Return our model built from the config.json that transformers writes, weights copied."""
+    theirs.config.save_pretrained(folder)
+    hf_config = json.loads((folder / "config.json").read_text())
+    family = family_for_hf(hf_config)
+    ours = family.build(family.config_from_hf(hf_config))
+    weights = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(weights.pop(name))
+    assert not weights, f"transformers has parameters that we lack: {sorted(weights)}"
+    return ours

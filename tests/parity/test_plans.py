@@ -1,0 +1,212 @@
+"""Every layout from the one plan gives the loss and the gradients of one fp32 process."""
+
+import dataclasses
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+import models.decoder
+import parallelisms.tensor
+from models.decoder import DECODER_PLAN
+from models.plan import ModelPlan
+from tests.parity.cases import (
+    BF16_ARITHMETIC,
+    FP32_REORDERED_SUM,
+    LAYOUTS,
+    Case,
+    Comparison,
+    build_case,
+    compare,
+    pairwise,
+    run_case,
+    table,
+    train,
+)
+from tests.ranks import RankFailure, RankPool
+
+SPLIT = [case for case in LAYOUTS if case.world_size > 1]
+
+
+def check(ranks: RankPool, case: Case, tolerance: float = FP32_REORDERED_SUM) -> None:
+    for result in ranks(case.world_size, run_case, case, timeout_seconds=280):
+        result.check(tolerance)
+
+
+def with_(cases: list[Case], **changes: Any) -> list[Case]:
+    return [dataclasses.replace(case, **changes) for case in cases]
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_each_layout_gives_single_process_gradients(ranks: RankPool, case: Case) -> None:
+    check(ranks, case)
+
+
+@pytest.mark.parametrize("mode", ["full", "op", "2"])
+@pytest.mark.parametrize("layout", SPLIT, ids=str)
+def test_checkpointing_in_each_layout(ranks: RankPool, layout: Case, mode: str) -> None:
+    check(ranks, dataclasses.replace(layout, checkpointing=mode, chunks=True))
+
+
+@pytest.mark.parametrize("case", with_(SPLIT, tied=True, vocab=61), ids=str)
+def test_tied_embeddings_with_an_odd_vocabulary_in_each_layout(ranks: RankPool, case: Case) -> None:
+    check(ranks, case)
+
+
+@pytest.mark.parametrize("case", pairwise(), ids=str)
+def test_each_pair_of_features_together(ranks: RankPool, case: Case) -> None:
+    check(ranks, case)
+
+
+EIGHT_RANKS = [
+    Case(replicate=2, shard=2, tp=2, checkpointing="op", tied=True, vocab=61),
+    Case(shard=2, tp=4, chunks=True, checkpointing="full"),
+    Case(shard=4, tp=2, sequence=False, loss_parallel=False, bias=True),
+    Case(replicate=2, tp=4, offload=True, reshard="never", checkpointing="2"),
+    Case(shard=8, tied=True, vocab=61),
+    Case(replicate=8, vocab=61),
+]
+
+
+@pytest.mark.parametrize("case", EIGHT_RANKS, ids=str)
+def test_eight_ranks(ranks: RankPool, case: Case) -> None:
+    check(ranks, case)
+
+
+AOT_EAGER = [
+    Case(shard=2, backend="aot_eager", checkpointing="2", tied=True),
+    Case(replicate=2, backend="aot_eager", checkpointing="op", accumulate=2),
+    Case(tp=2, backend="aot_eager", vocab=61, chunks=True),
+    Case(tp=2, sequence=False, backend="aot_eager", checkpointing="full", bias=True),
+    Case(tp=2, backend="aot_eager", checkpointing="budget", loss_parallel=False),
+    Case(shard=2, backend="aot_eager", checkpointing="budget", packed=False),
+    Case(shard=2, tp=2, backend="aot_eager", checkpointing="op", tied=True, vocab=61),
+]
+
+
+@pytest.mark.parametrize("case", AOT_EAGER, ids=str)
+def test_compiled_blocks_give_the_same_gradients(ranks: RankPool, case: Case) -> None:
+    check(ranks, case)
+
+
+INDUCTOR = [
+    Case(tp=2, backend="inductor", checkpointing=mode)
+    for mode in ("none", "full", "2", "op", "budget")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", INDUCTOR, ids=str)
+def test_each_checkpointing_mode_with_inductor_under_tensor_parallelism(
+    ranks: RankPool, case: Case
+) -> None:
+    check(ranks, case)
+
+
+BF16 = [
+    Case(bfloat16=True),
+    Case(shard=2, bfloat16=True),
+    Case(tp=2, bfloat16=True),
+    Case(replicate=2, tp=2, bfloat16=True, checkpointing="full", chunks=True),
+]
+
+
+@pytest.mark.parametrize("case", BF16, ids=str)
+def test_bf16_compute_stays_near_fp32(ranks: RankPool, case: Case) -> None:
+    check(ranks, case, BF16_ARITHMETIC)
+
+
+def seen_dtypes(rank: int, world_size: int, case: Case) -> set[tuple[torch.dtype, ...]]:
+    model, dims = build_case(case)
+    seen = set()
+    rotate = models.decoder.rotate
+
+    def spy(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        seen.add((x.dtype, *(part.dtype for part in rotary)))
+        return rotate(x, rotary)
+
+    with patch("models.decoder.rotate", spy):
+        train(model, dims, case)
+    masters = {(p.dtype, p.grad.dtype) for p in model.parameters() if p.grad is not None}
+    assert masters == {(torch.float32, torch.float32)}, masters
+    return seen
+
+
+@pytest.mark.parametrize("case", BF16, ids=str)
+def test_angles_reach_a_bf16_block_in_fp32(ranks: RankPool, case: Case) -> None:
+    expected = {(torch.bfloat16, torch.float32, torch.float32)}
+    assert ranks(case.world_size, seen_dtypes, case) == [expected] * case.world_size
+
+
+# The check itself: two faults that leave the loss right.
+
+
+class _UnreducedEntrance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Any) -> Tensor:
+        return DTensor.from_local(x, mesh, (Replicate(),), run_check=False)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: DTensor
+    ) -> tuple[Tensor, None]:
+        return grad.to_local(), None
+
+
+def with_a_dropped_reduce(rank: int, world_size: int) -> Comparison:
+    case = Case(tp=2, sequence=False)
+    styles = parallelisms.tensor.styles
+
+    class Dropped(parallelisms.tensor.ParallelStyle):
+        def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+            module.register_forward_pre_hook(
+                lambda m, args: (_UnreducedEntrance.apply(args[0], device_mesh),)
+            )
+            return module
+
+    def planted(**options: bool) -> dict[str, Any]:
+        return {**styles(**options), "gather_tokens": Dropped()}
+
+    with patch("parallelisms.tensor.styles", planted):
+        model, dims = build_case(case)
+    return compare(model, train(model, dims, case), case)
+
+
+def with_a_wrong_norm_role(rank: int, world_size: int) -> Comparison:
+    case = Case(tp=2)
+    wrong = ModelPlan(tensor={"model.layers.*.input_layernorm": "replicated"})
+    model, dims = build_case(case, plan=DECODER_PLAN | wrong)
+    return compare(model, train(model, dims, case), case)
+
+
+@pytest.mark.parametrize("fault", [with_a_dropped_reduce, with_a_wrong_norm_role])
+def test_the_check_catches_a_fault_that_leaves_the_loss_right(ranks: RankPool, fault: Any) -> None:
+    result = ranks(2, fault)[0]
+    assert abs(result.loss - result.reference_loss) <= FP32_REORDERED_SUM * result.loss
+    assert result.worst_error > 0.05
+    with pytest.raises(AssertionError):
+        result.check()
+
+
+def with_a_missing_gradient(rank: int, world_size: int, zero: bool) -> None:
+    case = Case(shard=2)
+    model, dims = build_case(case)
+    loss = train(model, dims, case)
+    weight = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    weight.grad = torch.zeros_like(weight) if zero else None
+    compare(model, loss, case)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_the_check_fails_on_a_missing_or_zero_gradient(ranks: RankPool, zero: bool) -> None:
+    with pytest.raises(RankFailure, match=r"layers\.1\.mlp\.up_proj\.weight (is zero|has no)"):
+        ranks(2, with_a_missing_gradient, zero)
+
+
+def test_the_table_names_plan_ranks_and_error() -> None:
+    result = Comparison(loss=1.0, reference_loss=1.0, worst_error=5e-7, worst_name="lm_head.weight")
+    text = table([(Case(shard=2, tp=2), result)])
+    assert "| fsdp2-tp2 | 4 | 5.0e-07 | lm_head.weight |" in text
