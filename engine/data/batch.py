@@ -1,9 +1,11 @@
 """The data types that other packages see: one packed row, and one microbatch of rows."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED_LABEL = -100
@@ -39,16 +41,50 @@ class Batch:
     """Global row numbers, int64, -1 for a filler row that trains nothing."""
 
     one_document_per_row: bool
-    """No row holds a second document (trailing padding is allowed): causal attention suffices."""
+    """No row of the source holds a second document (trailing padding is allowed): causal attention
+    suffices."""
 
     squared_document_tokens: int
     """Sum over documents of their squared length in this microbatch, for attention FLOPs."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on `device`, copied without blocking."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, from which copies to a GPU do not block."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {
+            f.name: change(value)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
+
+
+def collate(
+    numbered_rows: Sequence[tuple[int, Row]],
+    *,
+    one_document_per_row: bool,
+    pad_to_multiple: int = 1,
+) -> Batch:
+    """Stack rows with their global numbers; T grows with padding to a multiple if it must."""
+    rows = [row for _, row in numbered_rows]
+    padding = -rows[0].tokens_T.numel() % pad_to_multiple
+    documents_BT = _stack([row.documents_T for row in rows], padding, PADDING_DOCUMENT)
+    lengths = [row.documents_T.bincount()[1:] for row in rows]
+    return Batch(
+        tokens_BT=_stack([row.tokens_T for row in rows], padding, 0),
+        labels_BT=_stack([row.labels_T for row in rows], padding, IGNORED_LABEL),
+        positions_BT=_stack([row.positions_T for row in rows], padding, 0),
+        documents_BT=documents_BT,
+        rows_B=torch.tensor([number for number, _ in numbered_rows]),
+        one_document_per_row=one_document_per_row,
+        squared_document_tokens=sum(int(length.square().sum()) for length in lengths),
+    )
+
+
+def _stack(values_T: Sequence[Tensor], padding: int, value: int) -> Tensor:
+    return F.pad(torch.stack(list(values_T)), (0, padding), value=value)

@@ -6,11 +6,22 @@ of accumulation, packing and uneven ranks.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from engine.data.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What training minimises."""
+
+    name: str = "pretrain"
+    """Name of a file in engine/objectives, or the dotted path of a module of one's own; its
+    function `build` returns the objective."""
+
 
 SequenceSum = Callable[[Tensor], Tensor]
 

@@ -1,0 +1,77 @@
+"""Text from the Hugging Face `datasets` package: a name on the hub, or a folder.
+
+Importing this file imports `datasets`, which is slow: only those who need it do.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+
+from engine.data.cache import digest_of, file_digest
+from engine.data.readers import BadRecords, Piece, Place, Record, require_column
+
+PIECE_ROWS = 1000
+CONFIGURATIONS = {"c4": ("allenai/c4", "en")}
+
+
+class DatasetRows:
+    """A Hugging Face dataset with random access."""
+
+    def __init__(self, dataset: datasets.Dataset, *, name: str, text_field: str) -> None:
+        require_column(name, dataset.column_names, text_field)
+        self._dataset = dataset.select_columns([text_field])
+        self._name = name
+        self._field = text_field
+
+    def digest(self, root: Path) -> str:
+        """Return the digest of the Arrow files behind the dataset, index files included."""
+        files = [Path(str(file["filename"])) for file in self._dataset.cache_files]
+        if not files:
+            return digest_of("datasets", self._dataset._fingerprint)
+        return digest_of(
+            "datasets", [file_digest(file, root) for file in files], len(self._dataset)
+        )
+
+    def pieces(self) -> list[Piece]:
+        """Cut the rows into ranges."""
+        num_rows = len(self._dataset)
+        return [
+            (0, start, min(start + PIECE_ROWS, num_rows))
+            for start in range(0, num_rows, PIECE_ROWS)
+        ]
+
+    def read(self, piece: Piece, bad: BadRecords) -> Iterator[tuple[Place, Record]]:
+        """Yield one record a row."""
+        _, start, stop = piece
+        for row, text in enumerate(self._dataset[start:stop][self._field], start=start):
+            yield Place(name=self._name, row=row), {self._field: text}
+
+
+def open_dataset(name: str, *, split: str, key: str) -> datasets.Dataset:
+    """Return one split of the dataset at a folder or hub name, or `name:configuration`.
+
+    A folder written by `save_to_disk` that holds a single dataset serves for every split. `key` is
+    the setting that holds `name`, for messages.
+    """
+    folder = Path(name).expanduser()
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(folder))
+        else:
+            path, _, configuration = name.partition(":")
+            path, configuration = CONFIGURATIONS.get(path, (path, configuration))
+            loaded = datasets.load_dataset(path, configuration or None)
+    except Exception as error:  # the package raises its own, the hub's and the network's kinds
+        raise ValueError(
+            f"{key} = {name!r} is no dataset of ours (python_stdlib, dummy, text, jsonl, parquet) "
+            f"and the datasets package cannot open it: {error}"
+        ) from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if split not in loaded:
+        raise ValueError(
+            f"{key} = {name!r} has no split {split!r}, only {', '.join(map(repr, loaded))}; "
+            "name a dataset that has it"
+        )
+    return loaded[split]

@@ -1,0 +1,206 @@
+"""Rows dealt to data-parallel ranks as microbatches, read ahead by worker processes.
+
+Nothing of a loader is worth saving: which rows a step owns follows from its number, so a run
+resumes by starting at the number of rows that its finished steps consumed, on any number of ranks
+and workers.
+"""
+
+import atexit
+import signal
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
+
+import torch
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row, collate
+from engine.data.sources import DataConfig, RowSource
+
+__all__ = ["DataConfig", "DataloaderConfig", "train_batches", "validation_batches"]
+
+FILLER = -1
+NEVER = 1 << 62
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataloaderConfig:
+    """How microbatches are read ahead of the training process."""
+
+    num_workers: int = 0
+    """Processes that read ahead on each rank; 0 reads in the training process. Any number gives
+    the same rows in the same order."""
+
+    persistent_workers: bool = False
+    """Accepted for files of torchtitan 0.2: workers live as long as the endless stream anyway."""
+
+    pin_memory: bool = False
+    """Put batches in page-locked memory where there is a GPU, so that copies to it overlap."""
+
+    prefetch_factor: int | None = None
+    """Microbatches that each worker reads ahead; none is 2. Needs num_workers above 0."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"dataloader.num_workers = {self.num_workers}; give 0 or more")
+        if self.prefetch_factor is not None and self.prefetch_factor < 1:
+            raise ValueError(
+                f"dataloader.prefetch_factor = {self.prefetch_factor}; give 1 or more, or leave "
+                "it out"
+            )
+        if self.num_workers == 0 and (self.prefetch_factor or self.persistent_workers):
+            raise ValueError(
+                "dataloader.prefetch_factor and dataloader.persistent_workers need worker "
+                "processes, and dataloader.num_workers = 0; set it to 1 or more, or leave them out"
+            )
+
+
+def train_batches(
+    rows: RowSource,
+    *,
+    local_batch_size: int,
+    global_batch_size: int,
+    batch_rank: int,
+    batch_degree: int,
+    start_row: int,
+    dataloader: DataloaderConfig,
+    pad_to_multiple: int = 1,
+) -> Iterator[Batch]:
+    """Yield one rank's microbatches without end, from the step that begins at `start_row`.
+
+    Step s owns global rows [s * G, (s + 1) * G), G being `global_batch_size`; within them
+    microbatch m takes L * R rows and rank r the r-th L of those.
+    """
+    rows_per_microbatch = local_batch_size * batch_degree
+    if global_batch_size % rows_per_microbatch:
+        raise ValueError(
+            f"training.global_batch_size = {global_batch_size} is not a multiple of "
+            f"training.local_batch_size x data-parallel ranks = {local_batch_size} x "
+            f"{batch_degree}; use {-(-global_batch_size // rows_per_microbatch)} x "
+            f"{rows_per_microbatch} = "
+            f"{-(-global_batch_size // rows_per_microbatch) * rows_per_microbatch}"
+        )
+    deal = _Deal(
+        first=start_row + batch_rank * local_batch_size,
+        every=rows_per_microbatch,
+        size=local_batch_size,
+        num_batches=None,
+        end=None,
+    )
+    return _batches(rows, deal, dataloader, pad_to_multiple)
+
+
+def validation_batches(
+    rows: RowSource,
+    *,
+    local_batch_size: int,
+    batch_rank: int,
+    batch_degree: int,
+    steps: int = -1,
+    dataloader: DataloaderConfig,
+    pad_to_multiple: int = 1,
+) -> Iterator[Batch]:
+    """Yield one rank's share of one pass in which every row appears once, over all ranks.
+
+    Every rank gets the same number of batches, at most `steps` unless that is -1; what is missing
+    at the end are filler rows with number -1, which have no label.
+    """
+    rows_per_batch = local_batch_size * batch_degree
+    num_batches = -(-rows.rows_per_epoch // rows_per_batch)
+    deal = _Deal(
+        first=batch_rank * local_batch_size,
+        every=rows_per_batch,
+        size=local_batch_size,
+        num_batches=num_batches if steps < 0 else min(steps, num_batches),
+        end=rows.rows_per_epoch,
+    )
+    return _batches(rows, deal, dataloader, pad_to_multiple)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Deal:
+    """Lists of global row numbers, one list a microbatch; numbers from `end` on are fillers."""
+
+    first: int
+    every: int
+    size: int
+    num_batches: int | None
+    end: int | None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start, number = self.first, 0
+        while self.num_batches is None or number < self.num_batches:
+            numbers = range(start, start + self.size)
+            yield [FILLER if self.end is not None and n >= self.end else n for n in numbers]
+            start, number = start + self.every, number + 1
+
+
+class _NumberedRows(Dataset[tuple[int, Row]]):
+    def __init__(self, rows: RowSource) -> None:
+        self._rows = rows
+
+    def __getitem__(self, index: int) -> tuple[int, Row]:
+        if index == FILLER:
+            return FILLER, _filler(self._rows.seq_len)
+        return index, self._rows.row(index)
+
+
+def _batches(
+    rows: RowSource, deal: _Deal, dataloader: DataloaderConfig, pad_to_multiple: int
+) -> Iterator[Batch]:
+    workers = dataloader.num_workers
+    first = next(iter(deal), [FILLER])[0]
+    if workers and first != FILLER:
+        rows.row(first)  # before the fork, so that workers share the epoch's document order
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
+        warnings.filterwarnings("ignore", message=".*set_vital")
+        loader = StatefulDataLoader(
+            _NumberedRows(rows),
+            batch_sampler=deal,
+            collate_fn=partial(
+                collate,
+                one_document_per_row=rows.one_document_per_row,
+                pad_to_multiple=pad_to_multiple,
+            ),
+            num_workers=workers,
+            prefetch_factor=(dataloader.prefetch_factor or 2) if workers else None,
+            pin_memory=dataloader.pin_memory and torch.cuda.is_available(),
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=_ignore_signals if workers else None,
+            # A generator of its own: otherwise each new iterator draws from the global one.
+            generator=torch.Generator(),
+            snapshot_every_n_steps=NEVER,
+        )
+    iterator = iter(loader)
+    # After an uncaught error multiprocessing asks the workers, which ignore SIGTERM, to end, and
+    # waits for them without a limit. This runs before it.
+    end_workers = partial(_kill_living, getattr(iterator, "_workers", ()))
+    atexit.register(end_workers)
+    yield from iterator
+    atexit.unregister(end_workers)
+
+
+def _kill_living(workers: Iterable[BaseProcess]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+def _ignore_signals(_worker: int) -> None:
+    # A signal to the whole process group must not take workers from under a rank that wants to
+    # save; they end when the rank closes the loader or dies.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _filler(seq_len: int) -> Row:
+    return Row(
+        tokens_T=torch.zeros(seq_len, dtype=torch.int64),
+        labels_T=torch.full((seq_len,), IGNORED_LABEL),
+        positions_T=torch.arange(seq_len),
+        documents_T=torch.full((seq_len,), PADDING_DOCUMENT),
+    )

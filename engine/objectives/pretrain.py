@@ -1,0 +1,30 @@
+"""Next-token prediction: the mean negative log-probability of every token that has a label."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.data.batch import IGNORED_LABEL, Batch
+from engine.objectives import Objective, SequenceSum
+
+
+class Pretrain:
+    """One term, `nll`, counted in trained tokens; its exponential is the perplexity."""
+
+    coefficients: Mapping[str, float] = {"nll": 1.0}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Count the labels that are trained."""
+        return {"nll": (batch.labels_BT != IGNORED_LABEL).sum(dtype=torch.float64)}
+
+    def sums(self, logps_BT: Tensor, batch: Batch, sequence_sum: SequenceSum) -> dict[str, Tensor]:
+        """Add up the negative log-probabilities of the trained labels."""
+        assert logps_BT.shape == batch.labels_BT.shape, "the head scores every label position"
+        trained_BT = batch.labels_BT != IGNORED_LABEL
+        return {"nll": -torch.where(trained_BT, logps_BT, 0.0).sum(dtype=torch.float32)}
+
+
+def build() -> Objective:
+    """Return the objective; it has no settings."""
+    return Pretrain()

@@ -1,0 +1,55 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.data.sources import DataConfig, RowSource, open_rows
+from engine.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(cache_folder: str) -> Tokenizer:
+    return load_tokenizer(None, cache_folder)
+
+
+@pytest.fixture(scope="session")
+def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents of 1 to 120 words, every one different."""
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    texts = [" ".join(f"w{i}x{j}" for j in range(1 + i * 7 % 120)) for i in range(300)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def rows_of(cache_folder: str, tokenizer: Tokenizer) -> Callable[..., RowSource]:
+    """Opens rows with short defaults: `rows_of(dataset, path, seq_len=..., **data_settings)`."""
+
+    def rows_of(
+        dataset: str,
+        path: Path | str | None = None,
+        *,
+        split: str = "train",
+        seq_len: int = 64,
+        seed: int = 7,
+        shuffle: bool = True,
+        **settings: object,
+    ) -> RowSource:
+        return open_rows(
+            dataset,
+            None if path is None else str(path),
+            split=split,  # pyright: ignore[reportArgumentType]
+            seq_len=seq_len,
+            seed=seed,
+            tokenizer=tokenizer,
+            config=DataConfig(**{"cache_folder": cache_folder, **settings}),  # pyright: ignore
+            shuffle=shuffle,
+        )
+
+    return rows_of

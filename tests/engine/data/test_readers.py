@@ -1,0 +1,169 @@
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from engine.data import readers
+from engine.data.hugging_face import DatasetRows, open_dataset
+from engine.data.readers import BadRecords, JsonLines, Parquet, Reader, TextFiles, find_files
+
+
+def read_all(reader: Reader, bad: BadRecords | None = None) -> list[object]:
+    bad = bad or BadRecords("raise")
+    return [record["text"] for piece in reader.pieces() for _, record in reader.read(piece, bad)]
+
+
+def write_lines(path: Path, lines: list[str]) -> JsonLines:
+    path.write_text("\n".join(lines))
+    return JsonLines([path])
+
+
+TEXTS = [f"text {i} é" * (i % 5 + 1) for i in range(50)]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 64, 1 << 20])
+def test_json_lines_are_read_once_and_in_order_wherever_files_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+):
+    monkeypatch.setattr(readers, "PIECE_BYTES", piece_bytes)
+    lines = [json.dumps({"text": text, "other": 1}, ensure_ascii=False) for text in TEXTS]
+    write_lines(tmp_path / "a.jsonl", lines[:20])
+    write_lines(tmp_path / "b.jsonl", ["", *lines[20:], "  ", ""])
+    found = find_files(str(tmp_path), (".jsonl",), "training.dataset_path")
+    assert read_all(JsonLines(found)) == TEXTS
+
+
+@pytest.mark.parametrize("piece_bytes", [16, 1 << 20])
+def test_a_bad_json_line_is_named_with_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+):
+    monkeypatch.setattr(readers, "PIECE_BYTES", piece_bytes)
+    good = json.dumps({"text": "good"})
+    reader = write_lines(tmp_path / "a.jsonl", [good, "", good, '{"text": "cut off', good])
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 4: not valid JSON.*data\.on_bad_record"):
+        read_all(reader)
+    reader = write_lines(tmp_path / "b.jsonl", [good, "[1, 2]"])
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 2: a JSON list where an object"):
+        read_all(reader)
+
+
+def test_bad_records_are_counted_and_the_first_are_kept_as_examples(tmp_path: Path):
+    bad = BadRecords("skip")
+    good = json.dumps({"text": "good"})
+    reader = write_lines(tmp_path / "a.jsonl", [good, *["{"] * 9, good])
+    assert read_all(reader, bad) == ["good", "good"]
+    assert bad.count == 9
+    assert [str(place).rpartition(", ")[2] for place, _ in bad.examples] == [
+        f"line {n}" for n in range(2, 7)
+    ]
+
+
+def test_text_files_are_one_document_each_and_bytes_that_are_not_utf8_are_bad(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("first\nstill first")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    files = find_files(str(tmp_path), (".txt",), "training.dataset_path")
+    with pytest.raises(ValueError, match=r"b\.txt: not UTF-8 text"):
+        read_all(TextFiles(files))
+    assert read_all(TextFiles(files, errors="replace")) == ["first\nstill first", "caf\ufffd"]
+
+
+def test_text_files_are_grouped_in_pieces_that_miss_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 100)
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number:03}.txt").write_text(text)
+    reader = TextFiles(sorted(tmp_path.iterdir()))
+    assert len(reader.pieces()) > 5
+    assert read_all(reader) == TEXTS
+
+
+def test_parquet_gives_its_text_column_over_files_and_row_groups(tmp_path: Path):
+    for name, texts in (("a", TEXTS[:30]), ("b", TEXTS[30:])):
+        table = pa.table({"n": list(range(len(texts))), "text": texts})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=8)
+    reader = Parquet(sorted(tmp_path.iterdir()), text_field="text")
+    assert len(reader.pieces()) == 4 + 3
+    assert read_all(reader) == TEXTS
+
+
+def test_an_unreadable_parquet_file_and_a_missing_column_are_named(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 this is not parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: not a readable Parquet file"):
+        Parquet([path], text_field="text")
+    pq.write_table(pa.table({"body": TEXTS, "n": list(range(50))}), path)
+    with pytest.raises(ValueError, match=r"data\.text_field = 'text' is not a column.*'body', 'n'"):
+        Parquet([path], text_field="text")
+
+
+def test_a_parquet_file_damaged_inside_is_named_with_its_row_group(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=10, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet: row group 0 cannot be read"):
+        read_all(Parquet([path], text_field="text"))
+
+
+@pytest.mark.parametrize("kind", ["dataset", "splits", "json_folder"])
+def test_datasets_folders_are_read_by_split(tmp_path: Path, kind: str):
+    dataset = datasets.Dataset.from_dict({"text": TEXTS, "n": list(range(50))})
+    folder = tmp_path / "data"
+    if kind == "dataset":
+        dataset.save_to_disk(folder)
+    elif kind == "splits":
+        datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        dataset.to_json(folder / "train.jsonl")
+    opened = open_dataset(str(folder), split="train", key="training.dataset")
+    reader = DatasetRows(opened, name="data", text_field="text")
+    assert read_all(reader) == TEXTS
+    if kind == "splits":
+        with pytest.raises(ValueError, match=r"no split 'validation', only 'train', 'test'"):
+            open_dataset(str(folder), split="validation", key="validation.dataset")
+
+
+def test_the_digest_of_a_saved_dataset_follows_its_content_and_not_its_place(tmp_path: Path):
+    def digest(texts: list[str], folder: str) -> str:
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / folder)
+        opened = open_dataset(str(tmp_path / folder), split="train", key="training.dataset")
+        return DatasetRows(opened, name="data", text_field="text").digest(tmp_path)
+
+    assert digest(TEXTS, "one") == digest(TEXTS, "two")
+    assert digest(TEXTS, "one") != digest([*TEXTS[:-1], "text 49 E"], "three")
+
+
+def test_a_dataset_that_cannot_be_opened_is_named_with_our_own_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"training\.dataset = 'pyhton_stdlib'.*python_stdlib, du"):
+        open_dataset("pyhton_stdlib", split="train", key="training.dataset")
+    with pytest.raises(ValueError, match=r"data\.text_field = 'text' is not a column of d; .*'a'"):
+        DatasetRows(datasets.Dataset.from_dict({"a": ["x"]}), name="d", text_field="text")
+
+
+def test_paths_may_be_files_folders_or_patterns_and_missing_ones_are_named(tmp_path: Path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "sub/c.json", "note.txt"):
+        (tmp_path / name).write_text("{}")
+    key = "training.dataset_path"
+
+    def names(path: object) -> list[str]:
+        return [file.name for file in find_files(str(path), (".jsonl", ".json"), key)]
+
+    assert names(tmp_path / "note.txt") == ["note.txt"]
+    assert names(tmp_path) == ["a.jsonl", "b.jsonl", "c.json"]
+    assert names(tmp_path / "*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names(tmp_path / "**" / "*.json") == ["c.json"]
+    with pytest.raises(ValueError, match=r"training\.dataset_path = '.*none.*' does not exist"):
+        names(tmp_path / "none.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"is a folder without \.jsonl or \.json files"):
+        names(tmp_path / "empty")

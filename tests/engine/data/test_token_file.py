@@ -1,0 +1,232 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.data import readers, token_file
+from engine.data.formats import load_format
+from engine.data.readers import JsonLines
+from engine.data.token_file import Recipe, TokenFile, open_token_file
+from engine.data.tokenizer import Tokenizer, load_tokenizer
+
+OpenFile = Callable[..., TokenFile]
+
+
+@pytest.fixture
+def open_file(tokenizer: Tokenizer, jsonl: Path, tmp_path: Path) -> OpenFile:
+    def open_file(
+        path: Path = jsonl,
+        *,
+        num_processes: int = 1,
+        tokenizer: Tokenizer = tokenizer,
+        root: Path = tmp_path,
+        **recipe: object,
+    ) -> TokenFile:
+        defaults = {"format": "text", "text_field": "text", "on_bad_record": "raise"}
+        marks = {"add_bos": True, "add_eos": True}
+        return open_token_file(
+            JsonLines([path]),
+            name=path.name,
+            tokenizer=tokenizer,
+            recipe=Recipe(**{**defaults, **marks, **recipe}),  # pyright: ignore
+            root=root,
+            num_processes=num_processes,
+        )
+
+    return open_file
+
+
+def texts_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("add_bos", "add_eos"), [(True, True), (False, True), (False, False)])
+def test_documents_stand_in_order_with_their_marks(
+    open_file: OpenFile, jsonl: Path, tokenizer: Tokenizer, add_bos: bool, add_eos: bool
+):
+    file = open_file(add_bos=add_bos, add_eos=add_eos)
+    bos, eos = [tokenizer.bos_id] * add_bos, [tokenizer.eos_id] * add_eos
+    expected = [bos + tokenizer.encode(text) + eos for text in texts_of(jsonl)]
+    found = [
+        file.tokens[start:stop].tolist()
+        for start, stop in zip(file.offsets[:-1], file.offsets[1:], strict=True)
+    ]
+    assert found == expected
+    assert file.lengths().tolist() == [len(ids) for ids in expected]
+    assert file.tokens.dtype == np.uint16
+
+
+def test_ids_above_16_bits_take_32(
+    open_file: OpenFile, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    narrow = open_file()
+    monkeypatch.setattr(tokenizer, "fingerprint", "a larger vocabulary")
+    monkeypatch.setattr(tokenizer, "vocab_size", (1 << 16) + 1)
+    wide = open_file()
+    assert wide.tokens.dtype == np.uint32
+    assert wide.tokens.tolist() == narrow.tokens.tolist()
+
+
+def test_any_number_of_processes_writes_the_same_file(
+    open_file: OpenFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 4000)
+    digests = {
+        open_file(root=tmp_path / str(number), num_processes=number).digest for number in (1, 2, 5)
+    }
+    assert len(digests) == 1
+
+
+def test_a_second_start_tokenises_nothing(open_file: OpenFile, monkeypatch: pytest.MonkeyPatch):
+    first = open_file()
+    monkeypatch.setattr(token_file, "_write", None)
+    assert open_file().digest == first.digest
+
+
+def test_one_byte_of_data_or_tokenizer_and_each_setting_changes_the_key(
+    open_file: OpenFile, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+):
+    def num_files() -> int:
+        return sum(path.is_dir() for path in (tmp_path / "tokens").iterdir())
+
+    open_file()
+    path = tmp_path / "moved.jsonl"
+    path.write_text(jsonl.read_text())
+    open_file(path)
+    assert num_files() == 1, "the same bytes elsewhere are the same data"
+    path.write_text(jsonl.read_text().replace("w7x3", "w7x4", 1))
+    open_file(path)
+    assert num_files() == 2
+    tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").open("a").write("\n")
+    open_file(tokenizer=load_tokenizer(str(tmp_path / "tokenizer"), ""))
+    assert num_files() == 3
+    path.write_text(jsonl.read_text().replace('"text"', '"body"'))
+    open_file(path, text_field="body")
+    for number, change in enumerate(
+        ({"add_bos": False}, {"add_eos": False}, {"on_bad_record": "skip"}), start=5
+    ):
+        open_file(**change)
+        assert num_files() == number
+
+
+def test_empty_texts_are_left_out_and_counted(
+    open_file: OpenFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    path = tmp_path / "some_empty.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "", "b", "")))
+    assert len(open_file(path).lengths()) == 2
+    assert "2 documents, 6 tokens, 2 empty texts left out, 0 bad records skipped" in caplog.text
+
+
+def test_a_source_without_text_is_refused_and_leaves_no_cache(open_file: OpenFile, tmp_path: Path):
+    path = tmp_path / "empty.jsonl"
+    for content in ("", "\n\n", '{"text": ""}\n'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"empty\.jsonl is empty: no document has text"):
+            open_file(path)
+    assert not [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_missing_or_wrong_field_is_named_with_file_and_line_or_skipped_and_counted(
+    open_file: OpenFile,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    num_processes: int,
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(readers, "PIECE_BYTES", 20)
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good one"}\n{"body": "no text here"}\n{"text": 5}\n{"text": "b"}\n')
+    message = r"bad\.jsonl, line 2: no field 'text' \(data\.text_field\), only \['body'\]"
+    with pytest.raises(ValueError, match=message):
+        open_file(path, num_processes=num_processes)
+    file = open_file(path, num_processes=num_processes, on_bad_record="skip")
+    assert len(file.lengths()) == 2
+    open_file(path, on_bad_record="skip")
+    assert caplog.text.count("line 3: field 'text' holds int, not text") == 2, "said at each start"
+
+
+def test_an_unknown_format_lists_those_present():
+    with pytest.raises(ValueError, match=r"data\.format = 'chatt' is not one of .*text"):
+        load_format("chatt")
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from engine.data import readers
+from engine.data.readers import JsonLines
+from engine.data.token_file import Recipe, open_token_file
+from engine.data.tokenizer import load_tokenizer
+readers.PIECE_BYTES = 400
+tokenizer = load_tokenizer(sys.argv[3], "")
+slow = tokenizer.encode_batch
+def encode_batch(texts):
+    time.sleep(0.2)
+    return slow(texts)
+tokenizer.encode_batch = encode_batch
+print("ready", flush=True)
+open_token_file(
+    JsonLines([Path(sys.argv[2])]), name="slow", tokenizer=tokenizer, root=Path(sys.argv[1]),
+    recipe=Recipe(
+        format="text", text_field="text", add_bos=True, add_eos=True, on_bad_record="raise"
+    ),
+    num_processes=2,
+)
+"""
+
+
+def test_a_kill_while_tokenising_leaves_no_process_and_the_next_start_builds_it(
+    open_file: OpenFile, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+):
+    tokenizer.save(tmp_path / "tokenizer")
+    victim = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *map(str, (tmp_path, jsonl, tmp_path / "tokenizer"))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert victim.stdout is not None
+    victim.stdout.readline()
+    wait_until(lambda: list((tmp_path / "tokens").glob("*.tmp")) and len(children(victim.pid)) == 2)
+    workers = children(victim.pid)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.communicate()
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers))
+    assert not [path for path in (tmp_path / "tokens").iterdir() if path.suffix == ""]
+    whole = open_file(root=tmp_path / "elsewhere")
+    assert open_file().digest == whole.digest
+
+
+def test_a_tokenising_process_that_dies_is_an_error_and_not_a_hang(
+    open_file: OpenFile, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(token_file, "_encode_in_child", die)
+    with pytest.raises(ValueError, match=r"data\.num_processes = 2: a tokenising process died"):
+        open_file(num_processes=2)
+
+
+def die(_piece: readers.Piece) -> None:
+    os._exit(9)
+
+
+def children(pid: int) -> list[int]:
+    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        time.sleep(0.02)
