@@ -1,0 +1,235 @@
+"""Checkpoints to Hugging Face folders and back in one process, one tensor in memory at a time.
+
+Needs nothing but the folder: a step carries its model's config.json and tokenizer under `hf/`.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.nn.functional import kl_div, log_softmax
+
+from engine.checkpoint_search import initial_step
+from engine.checkpoint_state import (
+    COUNTERS_NAME,
+    TrainingState,
+    count_bytes,
+    encode_counters,
+    model_tensors,
+    refuse_other_model,
+)
+from engine.checkpoint_storage import RankGroup, read_metadata, read_tensors, write_tensors
+from engine.data.tokenizer import has_tokenizer, load_tokenizer
+from engine.hf_io import (
+    CONFIG_NAME,
+    MAX_SHARD_BYTES,
+    FolderWriter,
+    HfAssets,
+    HfWeights,
+    read_generation_config,
+    read_hf_config,
+    refuse_other_weights,
+)
+from engine.manifest import Manifest, commit, refuse_small_disk, write_synced
+from engine.provenance import HF_PREFIX, checkpoint_files
+from models.registry import family_for_hf
+from models.weights import KeyMap
+from parallelisms.materialise import materialise
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROWS, _TOKENS, _SEED = 2, 64, 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """How far the logits of two models are apart on the same tokens."""
+
+    max_abs: float
+    """Largest difference of a logit."""
+
+    largest_logit: float
+    """Largest absolute logit, to compare `max_abs` with."""
+
+    kl: float
+    """Mean over tokens of the Kullback-Leibler divergence of their predictions, in nats."""
+
+    top1: float
+    """Share of tokens for which both predict the same next token."""
+
+    def is_within(self, tolerance: float) -> bool:
+        """Whether logits agree to `tolerance`, relative to the largest where that is above 1."""
+        bound = tolerance * max(1.0, self.largest_logit)
+        return self.max_abs <= bound and self.kl <= tolerance and self.top1 >= 0.99
+
+    def __str__(self) -> str:
+        return (
+            f"max abs difference {self.max_abs:.2e} of logits up to {self.largest_logit:.1f}, "
+            f"KL {self.kl:.2e} nats, top-1 agreement {self.top1:.2%}"
+        )
+
+
+def find_step(checkpoint: Path) -> Path:
+    """Return the verified step folder at `checkpoint`: itself, or the newest good one inside."""
+    if not checkpoint.is_dir():
+        raise ValueError(
+            f"{checkpoint} is not a folder; give a checkpoint step or a folder of them"
+        )
+    ranks = RankGroup()
+    return initial_step(checkpoint, ranks, model_suffices=True)[0]
+
+
+def checkpoint_to_hf(
+    step: Path, out: Path, dtype: torch.dtype, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write a step's parameters as a complete Hugging Face folder `out`, which must not exist."""
+    _refuse_existing(out)
+    model, key_map = _empty_model(read_hf_config(step / HF_PREFIX))
+    metadata = read_metadata(step)
+    tensors = model_tensors(model)
+    refuse_other_model(tensors, metadata, step, any_dtype=True)
+    stored = {hf: name for name in tensors if (hf := key_map.to_hf(name)) is not None}
+    shapes = {hf: tuple(tensors[name].shape) for hf, name in stored.items()}
+    writer = FolderWriter(out, shapes, dtype, max_shard_bytes=max_shard_bytes)
+    try:
+        writer.open()
+        for hf, name in stored.items():
+            writer.add(hf, _read(name, step, metadata).to(dtype))
+        writer.finish(_hf_files(step / HF_PREFIX, dtype))
+    finally:
+        writer.discard()
+
+
+def hf_to_checkpoint(folder: Path, out: Path, dtype: torch.dtype) -> None:
+    """Write a Hugging Face folder's parameters as a checkpoint step `out`, which must not exist.
+
+    It holds the model alone: a run starts from it through `checkpoint.initial_load_path`.
+    """
+    _refuse_existing(out)
+    hf_config = read_hf_config(folder)
+    model, key_map = _empty_model(hf_config)
+    weights = HfWeights(folder)
+    tensors = {name: tensor.detach().to(dtype) for name, tensor in model_tensors(model).items()}
+    stored = {name: hf for name in tensors if (hf := key_map.to_hf(name)) is not None}
+    shapes = {hf: tuple(tensors[name].shape) for name, hf in stored.items()}
+    refuse_other_weights(weights, shapes, key_map)
+    assets = HfAssets(
+        key_map=key_map,
+        config=hf_config,
+        save_tokenizer=lambda target: _copy_tokenizer(folder, target),
+        generation_config=read_generation_config(folder),
+    )
+    files = checkpoint_files(
+        config_toml="", hf=assets, dtype=dtype, facts={"converted_from": str(folder)}
+    )
+    files[COUNTERS_NAME] = encode_counters(TrainingState(model=model))
+    temporary = out.with_name(f"{out.name}.tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    refuse_small_disk(out.parent, count_bytes(tensors), f"write {out}")
+    try:
+        temporary.mkdir()
+        planner = _ReadingPlanner(weights, stored, dtype)
+        records = write_tensors(
+            tensors, temporary, RankGroup(), planner=planner, one_file_per_tensor=True
+        )
+        for name, content in files.items():
+            records[name] = write_synced(temporary / name, content)
+        commit(temporary, out, Manifest(step=0, contents="model", world_size=1, files=records))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def compare_logits(step: Path, exported: Path, dtype: torch.dtype) -> Difference:
+    """Compare our model, filled from the step, with what transformers loads from the export.
+
+    Both compute in fp32 from parameters rounded to `dtype`, on random tokens, one after the other.
+    """
+    model, _ = _empty_model(read_hf_config(step / HF_PREFIX))
+    generator = torch.Generator().manual_seed(_SEED)
+    vocab_size = model.get_parameter("model.embed_tokens.weight").shape[0]
+    tokens_BT = torch.randint(vocab_size, (_ROWS, _TOKENS), generator=generator)
+    positions_BT = torch.arange(_TOKENS).expand(_ROWS, _TOKENS)
+    materialise(model, "cpu")
+    tensors = {name: tensor.detach() for name, tensor in model_tensors(model).items()}
+    read_tensors(tensors, step, read_metadata(step), None)
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.copy_(tensor.to(dtype))
+        ours = model(tokens_BT, positions_BT=positions_BT).float()
+    del model, tensors
+    return _difference(ours, _transformers_logits(exported, tokens_BT))
+
+
+def _transformers_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM  # slow to import and only needed here
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(tokens_BT).logits.float()
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> Difference:
+    ours_log, theirs_log = log_softmax(ours, -1), log_softmax(theirs, -1)
+    divergence = kl_div(ours_log, theirs_log, log_target=True, reduction="none").sum(-1).mean()
+    return Difference(
+        max_abs=(ours - theirs).abs().max().item(),
+        largest_logit=theirs.abs().max().item(),
+        kl=max(0.0, divergence.item()),
+        top1=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+    )
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out} exists already; remove it, or give another folder")
+
+
+def _empty_model(hf_config: Mapping[str, object]) -> tuple[nn.Module, KeyMap]:
+    family = family_for_hf(hf_config)
+    sizes = family.config_from_hf(hf_config)
+    with torch.device("meta"):
+        return family.build(sizes), family.key_map(sizes)
+
+
+def _read(name: str, step: Path, metadata: Metadata) -> Tensor:
+    entry: Any = metadata.state_dict_metadata[name]
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    read_tensors({name: tensor}, step, metadata, None)
+    return tensor
+
+
+def _hf_files(folder: Path, dtype: torch.dtype) -> dict[str, bytes]:
+    """Return the files of a Hugging Face folder, its config.json saying `dtype`."""
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    name = str(dtype).removeprefix("torch.")
+    config = {**read_hf_config(folder), "dtype": name, "torch_dtype": name}
+    files[CONFIG_NAME] = json.dumps(config, indent=2, sort_keys=True).encode()
+    return files
+
+
+def _copy_tokenizer(folder: Path, target: Path) -> None:
+    if has_tokenizer(folder):
+        load_tokenizer(str(folder), "").save(target)
+
+
+class _ReadingPlanner(DefaultSavePlanner):
+    """Plans with meta tensors, and reads each from its file when its turn to be written comes."""
+
+    def __init__(self, weights: HfWeights, stored: Mapping[str, str], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._weights, self._stored, self._dtype = weights, stored, dtype
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """Return the tensor to write."""
+        return self._weights.read(self._stored[index.fqn]).to(self._dtype)

@@ -1,0 +1,376 @@
+"""Hugging Face folders in and out: safetensors shards, config.json, tokenizer, streamed per tensor.
+
+How tensor names differ between here and there is the family's key map (`models/weights.py`).
+"""
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from typing_extensions import Buffer
+
+from engine.checkpoint_state import list_names, model_tensors
+from engine.checkpoint_storage import RankGroup
+from engine.manifest import refuse_small_disk, set_aside, sync_folder, write_synced
+from models.weights import KeyMap
+from parallelisms.materialise import fill
+
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_SHARD_BYTES = 5 * 10**9
+
+_FORMAT_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfAssets:
+    """What a complete Hugging Face folder holds besides the weights."""
+
+    key_map: KeyMap
+    """Names of the tensors there."""
+
+    config: Mapping[str, object]
+    """Content of config.json."""
+
+    save_tokenizer: Callable[[Path], None]
+    """Writes the tokenizer's files into a folder."""
+
+    generation_config: Mapping[str, object] = field(default_factory=dict[str, object])
+    """Content of generation_config.json; empty: the special tokens of `config`."""
+
+
+def read_hf_config(folder: Path | str) -> dict[str, object]:
+    """Return the content of a folder's config.json; a ValueError says what is wrong with it."""
+    path = Path(folder) / CONFIG_NAME
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give a Hugging Face model folder") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__} instead of an object")
+    return content
+
+
+def read_generation_config(folder: Path | str) -> dict[str, object]:
+    """Return the content of a folder's generation_config.json, empty where there is none."""
+    path = Path(folder) / GENERATION_CONFIG_NAME
+    return json.loads(path.read_text()) if folder and path.is_file() else {}
+
+
+class HfWeights:
+    """The tensors of a Hugging Face folder, one file or sharded, read slice by slice."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = Path(folder)
+        self._open: dict[str, Any] = {}
+        self._files = self._locate()
+        for file in sorted(set(self._files.values()) - self._open.keys()):
+            self._open_shard(file)
+        self._check_index()
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie."""
+        return self._folder
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of all stored tensors."""
+        return self._files.keys()
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self._folder / self._files[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the whole tensor's shape without reading it."""
+        return tuple(self._open[self._files[name]].get_slice(name).get_shape())
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
+        """Read a part of a tensor (all of it without `slices`) in its stored dtype."""
+        try:
+            part = self._open[self._files[name]].get_slice(name)
+            return part[slices] if slices else part[...]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.file_of(name)}: cannot read {name}: {error}") from error
+
+    def _locate(self) -> dict[str, str]:
+        """Return the file of each tensor."""
+        index = self._folder / INDEX_NAME
+        if index.is_file():
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{index} cannot be read: {error}") from error
+        single = self._folder / SINGLE_NAME
+        if not single.is_file():
+            raise ValueError(
+                f"{self._folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; give a folder with "
+                f"safetensors weights"
+            )
+        self._open_shard(SINGLE_NAME)
+        return dict.fromkeys(self._open[SINGLE_NAME].keys(), SINGLE_NAME)
+
+    def _open_shard(self, file: str) -> Any:
+        path = self._folder / file
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, {INDEX_NAME} names it")
+        try:
+            self._open[file] = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is corrupt or cut short ({error}); download it again"
+            ) from error
+        return self._open[file]
+
+    def _check_index(self) -> None:
+        for name, file in self._files.items():
+            if name not in self._open[file].keys():  # noqa: SIM118 -- not a mapping
+                raise ValueError(
+                    f"{self._folder / file} lacks {name}, which {INDEX_NAME} puts there"
+                )
+
+
+def load_into(model: nn.Module, folder: Path, key_map: KeyMap) -> None:
+    """Fill a model from a folder's safetensors files, each rank reading only its own slices.
+
+    Anything missing, unexpected or of another shape is a ValueError that lists the names, raised
+    before anything is read; values are converted to the parameters' dtype. Every rank must call
+    this.
+    """
+    weights = HfWeights(folder)
+    tensors = model_tensors(model)
+    stored_names = {name: hf for name in tensors if (hf := key_map.to_hf(name)) is not None}
+    refuse_other_weights(
+        weights, {hf: tuple(tensors[name].shape) for name, hf in stored_names.items()}, key_map
+    )
+
+    def draw(name: str, slices: tuple[slice, ...]) -> Tensor:
+        return weights.read(stored_names[name], slices)
+
+    fill(model, draw)
+
+
+def refuse_other_weights(
+    weights: HfWeights, shapes: Mapping[str, tuple[int, ...]], key_map: KeyMap
+) -> None:
+    """Raise a ValueError listing every disagreement between a model's shapes and the files."""
+    complaints: list[str] = []
+    if missing := shapes.keys() - weights.names:
+        complaints.append(f"the files lack {list_names(missing)}")
+    needed = {name for name in weights.names if key_map.from_hf(name) is not None}
+    if unexpected := needed - shapes.keys():
+        complaints.append(f"the model has no place for {list_names(unexpected)}")
+    for name in sorted(shapes.keys() & set(weights.names)):
+        if (stored := weights.shape(name)) != shapes[name]:
+            complaints.append(
+                f"{name} in {weights.file_of(name).name} has shape {stored}, the model has "
+                f"{shapes[name]}"
+            )
+    if complaints:
+        raise ValueError(
+            f"the weights in {weights.folder} are not this model's: {list_names(complaints, '; ')}"
+        )
+
+
+def export(
+    model: nn.Module,
+    folder: Path,
+    assets: HfAssets,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    ranks: RankGroup | None = None,
+) -> None:
+    """Write a complete Hugging Face folder, in place of what was there, in one rename at the end.
+
+    Every rank must call this: tensors are gathered one by one, rank 0 writes them. A failure to
+    write is raised on every rank and leaves the old folder as it was.
+    """
+    tensors = {
+        hf: tensor
+        for name, tensor in model_tensors(model).items()
+        if (hf := assets.key_map.to_hf(name)) is not None
+    }
+    group = RankGroup() if ranks is None else ranks
+    writer = FolderWriter(
+        folder,
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+    failure: Exception | None = None
+    try:
+        group.on_first(writer.open)
+        for name, tensor in tensors.items():
+            # The others wait for rank 0's disk here, where no short timeout of training counts.
+            group.together(partial(_raise, failure))
+            whole = _whole(tensor.detach().to(dtype))
+            if group.rank == 0:
+                try:
+                    writer.add(name, whole)
+                except OSError as error:
+                    failure = error
+        group.together(lambda: _raise(failure))
+        group.on_first(lambda: writer.finish(asset_files(assets, dtype)))
+    finally:
+        if group.rank == 0:
+            writer.discard()
+        if ranks is None:
+            group.close()
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather a tensor of any layout; every rank of its mesh must call this."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Parameters offloaded to host memory are gathered where their mesh lives.
+    return cast(DTensor, tensor.to(tensor.device_mesh.device_type)).full_tensor()
+
+
+def asset_files(assets: HfAssets, dtype: torch.dtype) -> dict[str, bytes]:
+    """Return everything of a Hugging Face folder but the weights, which are `dtype`, by name."""
+    name = str(dtype).removeprefix("torch.")
+    # Version 5 of transformers reads `dtype`, version 4 `torch_dtype`.
+    config = {**assets.config, "dtype": name, "torch_dtype": name}
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation = assets.generation_config or {
+        key: assets.config[key] for key in special if assets.config.get(key) is not None
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        assets.save_tokenizer(Path(scratch))
+        files = {
+            str(path.relative_to(scratch)): path.read_bytes()
+            for path in sorted(Path(scratch).rglob("*"))
+            if path.is_file()
+        }
+    files[CONFIG_NAME] = json.dumps(config, indent=2, sort_keys=True).encode()
+    files[GENERATION_CONFIG_NAME] = json.dumps(generation, indent=2, sort_keys=True).encode()
+    return files
+
+
+class FolderWriter:
+    """Writes the safetensors files of a folder one tensor at a time, in the order of `shapes`.
+
+    The format is 8 bytes with the header's length, the header (JSON), then the tensors' bytes.
+    Source: https://github.com/huggingface/safetensors#format.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        self._folder, self._shapes, self._dtype = folder, shapes, dtype
+        self._temporary = folder.with_name(f"{folder.name}.tmp")
+        self._shards = self._deal(max_shard_bytes)
+        self._stream: BinaryIO | None = None
+
+    def _bytes_of(self, name: str) -> int:
+        return torch.Size(self._shapes[name]).numel() * self._dtype.itemsize
+
+    def _deal(self, max_shard_bytes: int) -> dict[str, list[str]]:
+        """Return the tensors of each file."""
+        groups: list[list[str]] = [[]]
+        size = 0
+        for name in self._shapes:
+            if groups[-1] and size + self._bytes_of(name) > max_shard_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += self._bytes_of(name)
+        if len(groups) == 1:
+            return {SINGLE_NAME: groups[0]}
+        return {
+            f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
+            for number, group in enumerate(groups, 1)
+        }
+
+    def open(self) -> None:
+        """Make the temporary folder, once there is room for the weights."""
+        self.discard()
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        total = sum(self._bytes_of(name) for name in self._shapes)
+        refuse_small_disk(self._folder.parent, total, f"export to {self._folder}")
+        self._temporary.mkdir()
+        self._starts = {group[0]: file for file, group in self._shards.items() if group}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor."""
+        assert tuple(tensor.shape) == self._shapes[name] and tensor.dtype == self._dtype
+        if name in self._starts:
+            self._close_shard()
+            self._stream = (self._temporary / self._starts[name]).open("wb")
+            self._stream.write(self._header(self._shards[self._starts[name]]))
+        assert self._stream is not None, "the first tensor of the order starts a file"
+        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._stream.write(cast(Buffer, content.numpy()))
+
+    def _header(self, names: Iterable[str]) -> bytes:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in names:
+            end = offset + self._bytes_of(name)
+            header[name] = {
+                "dtype": _FORMAT_NAMES[self._dtype],
+                "shape": list(self._shapes[name]),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        content = json.dumps(header).encode()
+        content += b" " * (-len(content) % 8)
+        return struct.pack("<Q", len(content)) + content
+
+    def _close_shard(self) -> None:
+        if self._stream is not None:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            self._stream = None
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Write the index and the other files, then put the folder in place."""
+        self._close_shard()
+        if len(self._shards) > 1:
+            total = sum(self._bytes_of(name) for name in self._shapes)
+            weight_map = {name: file for file, group in self._shards.items() for name in group}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            files = {**files, INDEX_NAME: json.dumps(index, indent=2, sort_keys=True).encode()}
+        for name, content in files.items():
+            write_synced(self._temporary / name, content)
+        sync_folder(self._temporary)
+        old = set_aside(self._folder, "old") if self._folder.exists() else None
+        self._temporary.rename(self._folder)
+        sync_folder(self._folder.parent)
+        if old is not None:
+            shutil.rmtree(old)
+
+    def discard(self) -> None:
+        """Remove what an unfinished writing left."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        shutil.rmtree(self._temporary, ignore_errors=True)
