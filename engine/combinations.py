@@ -1,0 +1,394 @@
+"""What cannot be combined: one table of rules, each with its reason and remedy.
+
+A section checks its own values in `__post_init__`; a rule here looks at several keys, at the number
+of ranks, at the sizes of the model or at the device. All run before any model is built.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine import titan
+from engine.rules import Facts, Rule, gather_facts
+from engine.schema import raise_mistakes
+from models.decoder import DecoderConfig
+from parallelisms.mesh import ParallelDims
+
+if TYPE_CHECKING:
+    from engine.config import JobConfig
+
+DATASETS_FROM_FILES = frozenset({"text", "json", "jsonl", "parquet"})
+
+LAYOUT_RULES = (
+    Rule(
+        id="degrees_that_do_not_divide_the_ranks",
+        keys=("parallelism.data_parallel_replicate_degree", "parallelism.tensor_parallel_degree"),
+        applies=lambda f: (
+            f.config.parallelism.data_parallel_shard_degree == -1
+            and f.world_size % f.fixed_degrees != 0
+        ),
+        reason="their product {f.fixed_degrees} does not divide the {f.world_size} ranks",
+        remedy="lower a degree, or start a multiple of {f.fixed_degrees} ranks",
+    ),
+    Rule(
+        id="degrees_that_do_not_multiply_to_the_ranks",
+        keys=(
+            "parallelism.data_parallel_replicate_degree",
+            "parallelism.data_parallel_shard_degree",
+            "parallelism.tensor_parallel_degree",
+        ),
+        applies=lambda f: (
+            f.config.parallelism.data_parallel_shard_degree != -1
+            and f.fixed_degrees != f.world_size
+        ),
+        reason="their product is {f.fixed_degrees}, but the run has {f.world_size} ranks",
+        remedy="set data_parallel_shard_degree = -1 to infer it, or start {f.fixed_degrees} ranks",
+    ),
+    Rule(
+        id="heads_that_tensor_parallelism_does_not_divide",
+        keys=("parallelism.tensor_parallel_degree",),
+        applies=lambda f: f.decoder is not None and f.decoder.num_kv_heads % f.tp != 0,
+        reason=(
+            "it does not divide the {f.decoder.num_kv_heads} key/value heads (for "
+            "{f.decoder.num_heads} query heads) of the model"
+        ),
+        remedy="use a degree that does, and raise parallelism.data_parallel_shard_degree instead",
+    ),
+    Rule(
+        id="feed_forward_width_that_tensor_parallelism_does_not_divide",
+        keys=("parallelism.tensor_parallel_degree",),
+        applies=lambda f: f.decoder is not None and f.decoder.intermediate_size % f.tp != 0,
+        reason="it does not divide the feed-forward width {f.decoder.intermediate_size}",
+        remedy="use a degree that does",
+    ),
+    Rule(
+        id="row_length_that_sequence_parallelism_does_not_divide",
+        keys=("training.seq_len", "parallelism.tensor_parallel_degree"),
+        applies=lambda f: f.splits_tokens and f.config.training.seq_len % f.tp != 0,
+        reason="sequence parallelism deals the tokens of a row to tensor-parallel ranks evenly",
+        remedy="use a multiple of the degree, or set parallelism.sequence_parallel = false",
+    ),
+    Rule(
+        id="validation_row_length_that_sequence_parallelism_does_not_divide",
+        keys=("validation.seq_len", "parallelism.tensor_parallel_degree"),
+        applies=lambda f: (
+            f.splits_tokens and f.validates and f.config.validation.seq_len % f.tp != 0
+        ),
+        reason="sequence parallelism deals the tokens of a row to tensor-parallel ranks evenly",
+        remedy="use a multiple of the degree, or set parallelism.sequence_parallel = false",
+    ),
+    Rule(
+        id="global_batch_that_is_no_multiple_of_a_microbatch",
+        keys=("training.global_batch_size", "training.local_batch_size"),
+        applies=lambda f: (
+            f.config.training.global_batch_size > 0
+            and f.world_size % f.tp == 0
+            and f.config.training.global_batch_size % f.rows_of_a_microbatch != 0
+        ),
+        reason=(
+            "the first is not a multiple of local_batch_size x data-parallel ranks "
+            "= {f.rows_of_a_microbatch}"
+        ),
+        remedy="change one of them, or set global_batch_size = -1 for one microbatch on each rank",
+    ),
+)
+
+DEVICE_RULES = (
+    Rule(
+        id="cuda_without_enough_gpus",
+        keys=("job.device",),
+        applies=lambda f: (
+            f.is_here and f.config.job.device == "cuda" and f.num_gpus < f.num_local_ranks
+        ),
+        reason="this machine has {f.num_gpus} usable GPUs for {f.num_local_ranks} ranks",
+        remedy="start fewer ranks, or set job.device = 'auto' or 'cpu'",
+    ),
+    Rule(
+        id="attention_backend_that_cannot_run_on_the_device",
+        keys=("model.attention", "model.flavor"),
+        applies=lambda f: f.attention_refusal is not None,
+        reason="{f.attention!r} cannot run on {f.device_type} here: {f.attention_refusal}",
+        remedy="set model.attention = 'auto'",
+    ),
+    Rule(
+        id="memory_snapshot_without_cuda",
+        keys=("profiling.enable_memory_snapshot",),
+        applies=lambda f: (
+            f.config.profiling.enable_memory_snapshot and f.device_type != "cuda" and f.trains
+        ),
+        reason="a snapshot is the history of CUDA allocations, and this run is on the CPU",
+        remedy="set it to false, or train on a GPU",
+    ),
+    Rule(
+        id="async_tensor_parallelism_without_cuda",
+        keys=("parallelism.enable_async_tensor_parallel",),
+        applies=lambda f: (
+            f.config.parallelism.enable_async_tensor_parallel
+            and f.tp > 1
+            and f.device_type != "cuda"
+        ),
+        reason="it overlaps collectives with matrix multiplications on GPUs only",
+        remedy="set it to false, or train on GPUs",
+    ),
+)
+
+COMPILE_RULES = (
+    Rule(
+        id="async_tensor_parallelism_without_compile",
+        keys=("parallelism.enable_async_tensor_parallel", "compile.enable", "compile.components"),
+        applies=lambda f: (
+            f.config.parallelism.enable_async_tensor_parallel and f.tp > 1 and not f.compiles_model
+        ),
+        reason="the compiler is what interleaves collectives with matrix multiplications",
+        remedy="set compile.enable = true with 'model' among compile.components, or switch it off",
+    ),
+    Rule(
+        id="async_tensor_parallelism_without_inductor",
+        keys=("parallelism.enable_async_tensor_parallel", "compile.backend"),
+        applies=lambda f: (
+            f.config.parallelism.enable_async_tensor_parallel
+            and f.tp > 1
+            and f.compiles_model
+            and f.config.compile.backend != "inductor"
+        ),
+        reason="inductor is the backend that fuses collectives with matrix multiplications",
+        remedy="set compile.backend = 'inductor', or switch it off",
+    ),
+    Rule(
+        id="async_tensor_parallelism_without_sequence_parallelism",
+        keys=("parallelism.enable_async_tensor_parallel", "parallelism.sequence_parallel"),
+        applies=lambda f: (
+            f.config.parallelism.enable_async_tensor_parallel
+            and f.tp > 1
+            and not f.config.parallelism.sequence_parallel
+        ),
+        reason="it overlaps the gathers and scatters of tokens, which there are none of",
+        remedy="set parallelism.sequence_parallel = true, or switch it off",
+    ),
+    Rule(
+        id="memory_budget_without_compile",
+        keys=("activation_checkpoint.mode", "compile.enable", "compile.components"),
+        applies=lambda f: (
+            f.config.activation_checkpoint.mode == "memory_budget"
+            and f.trains
+            and not f.compiles_model
+        ),
+        reason="the compiler is what decides which activations the budget keeps",
+        remedy="set compile.enable = true with 'model' among compile.components, or mode = 'full'",
+    ),
+    Rule(
+        id="selective_checkpointing_of_no_block",
+        keys=("activation_checkpoint.selective_ac_option",),
+        applies=lambda f: f.decoder is not None and (f.selective_every or 0) > f.decoder.num_layers,
+        reason="the model has {f.decoder.num_layers} blocks, so none would be checkpointed",
+        remedy="use a smaller number, or activation_checkpoint.mode = 'none'",
+    ),
+    Rule(
+        id="compile_on_the_cpu_without_a_compiler",
+        keys=("compile.enable", "compile.backend"),
+        applies=lambda f: f.uses_inductor("cpu") and "a C++ compiler" in f.missing,
+        reason="inductor needs a C++ compiler on the CPU, and neither c++, g++ nor clang++ is here",
+        remedy="install one, or set compile.enable = false",
+    ),
+    Rule(
+        id="compile_on_the_gpu_without_triton",
+        keys=("compile.enable", "compile.backend"),
+        applies=lambda f: f.uses_inductor("cuda") and "triton" in f.missing,
+        reason="inductor needs the package triton on GPUs, and it is not installed",
+        remedy="pip install triton, or set compile.enable = false",
+    ),
+)
+
+PRECISION_RULES = (
+    Rule(
+        id="compute_wider_than_the_stored_parameters",
+        keys=("training.mixed_precision_param", "training.dtype"),
+        applies=lambda f: (
+            f.config.training.mixed_precision_param == "float32"
+            and f.config.training.dtype == "bfloat16"
+        ),
+        reason="parameters stored in bfloat16 gain nothing from being computed with in float32",
+        remedy="set training.dtype = 'float32', or mixed_precision_param = 'bfloat16'",
+    ),
+    Rule(
+        id="gradients_summed_in_less_than_they_are_computed_in",
+        keys=("training.mixed_precision_reduce", "training.mixed_precision_param"),
+        applies=lambda f: (
+            f.config.training.mixed_precision_reduce == "bfloat16"
+            and f.config.training.mixed_precision_param == "float32"
+        ),
+        reason="gradients computed in float32 would be rounded before they are summed over ranks",
+        remedy="set training.mixed_precision_reduce = 'float32'",
+    ),
+)
+
+DATA_RULES = (
+    Rule(
+        id="training_files_without_a_path",
+        keys=("training.dataset", "training.dataset_path"),
+        applies=lambda f: (
+            f.trains
+            and f.config.training.dataset in DATASETS_FROM_FILES
+            and not f.config.training.dataset_path
+        ),
+        reason="this source reads files, and none is named",
+        remedy="give a file or folder as training.dataset_path",
+    ),
+    Rule(
+        id="validation_files_without_a_path",
+        keys=("validation.dataset", "validation.dataset_path"),
+        applies=lambda f: (
+            f.validates
+            and f.config.validation.dataset in DATASETS_FROM_FILES
+            and not f.config.validation.dataset_path
+        ),
+        reason="this source reads files, and none is named",
+        remedy="give a file or folder as validation.dataset_path, or another source",
+    ),
+    Rule(
+        id="stride_longer_than_a_row",
+        keys=("data.stride",),
+        applies=lambda f: f.config.data.stride > f.shortest_row,
+        reason="rows have {f.shortest_row} tokens, so text between two would be passed over",
+        remedy="set data.stride = 0, or to at most the length of a row",
+    ),
+    Rule(
+        id="tokenizer_folder_that_does_not_exist",
+        keys=("model.tokenizer_path",),
+        applies=lambda f: (
+            f.is_here and bool(path := f.config.model.tokenizer_path) and not Path(path).is_dir()
+        ),
+        reason="there is no such folder",
+        remedy="give a folder with tokenizer.json, or leave it out to use model.hf_assets_path",
+    ),
+    Rule(
+        id="tokenizer_larger_than_the_vocabulary",
+        keys=("model.hf_assets_path", "model.tokenizer_path", "model.flavor"),
+        applies=lambda f: (
+            f.decoder is not None and (f.tokenizer_vocab_size or 0) > f.decoder.vocab_size
+        ),
+        reason=(
+            "the tokenizer has {f.tokenizer_vocab_size} tokens, but the model's vocabulary "
+            "{f.decoder.vocab_size}"
+        ),
+        remedy="use the tokenizer that belongs to the model, or a model with a larger vocabulary",
+    ),
+)
+
+CHECKPOINT_RULES = (
+    Rule(
+        id="validation_of_weights_that_are_nowhere",
+        keys=("validation.only", "checkpoint.enable"),
+        applies=lambda f: f.config.validation.only and not f.config.checkpoint.enable,
+        reason="without checkpoints no weights are loaded, and initial values are not worth a look",
+        remedy="set checkpoint.enable = true",
+    ),
+    Rule(
+        id="seed_checkpoint_without_checkpoints",
+        keys=("checkpoint.create_seed_checkpoint", "checkpoint.enable"),
+        applies=lambda f: (
+            f.config.checkpoint.create_seed_checkpoint and not f.config.checkpoint.enable
+        ),
+        reason="nothing would be saved",
+        remedy="set checkpoint.enable = true",
+    ),
+    Rule(
+        id="seed_checkpoint_that_may_not_be_saved",
+        keys=("checkpoint.create_seed_checkpoint", "checkpoint.load_only"),
+        applies=lambda f: (
+            f.config.checkpoint.enable
+            and f.config.checkpoint.create_seed_checkpoint
+            and f.config.checkpoint.load_only
+        ),
+        reason="the one saves the initial state, the other forbids saving",
+        remedy="set one of them to false",
+    ),
+    Rule(
+        id="seed_checkpoint_from_a_run_that_only_validates",
+        keys=("checkpoint.create_seed_checkpoint", "validation.only"),
+        applies=lambda f: (
+            f.config.checkpoint.enable
+            and f.config.checkpoint.create_seed_checkpoint
+            and f.config.validation.only
+        ),
+        reason="both end the run before its first step, and only one can",
+        remedy="set one of them to false",
+    ),
+    Rule(
+        id="export_that_may_not_be_saved",
+        keys=("checkpoint.last_save_in_hf", "checkpoint.load_only"),
+        applies=lambda f: (
+            f.config.checkpoint.enable
+            and f.config.checkpoint.last_save_in_hf
+            and f.config.checkpoint.load_only
+        ),
+        reason="the one writes a folder after the last step, the other forbids saving",
+        remedy="set one of them to false",
+    ),
+    Rule(
+        id="resuming_past_the_last_step",
+        keys=("checkpoint.load_step", "training.steps"),
+        applies=lambda f: (
+            f.config.checkpoint.enable
+            and f.trains
+            and f.config.checkpoint.load_step > f.config.training.steps
+        ),
+        reason="the run would be over before it starts",
+        remedy="load an earlier step, or raise training.steps",
+    ),
+    Rule(
+        id="initial_checkpoint_that_does_not_exist",
+        keys=("checkpoint.initial_load_path",),
+        applies=lambda f: (
+            f.is_here
+            and f.config.checkpoint.enable
+            and bool(path := f.config.checkpoint.initial_load_path)
+            and not Path(path).is_dir()
+        ),
+        reason="there is no such folder",
+        remedy="give a checkpoint's or a Hugging Face folder, or leave it out to start anew",
+    ),
+)
+
+EXTRAS_RULES = (
+    Rule(
+        id="wandb_without_its_package",
+        keys=("metrics.enable_wandb",),
+        applies=lambda f: f.is_here and f.config.metrics.enable_wandb and "wandb" in f.missing,
+        reason="the package wandb is not installed",
+        remedy="pip install wandb, or set it to false: metrics.jsonl is always written",
+    ),
+)
+
+
+RULES: Sequence[Rule] = (
+    *LAYOUT_RULES,
+    *DEVICE_RULES,
+    *COMPILE_RULES,
+    *PRECISION_RULES,
+    *DATA_RULES,
+    *CHECKPOINT_RULES,
+    *EXTRAS_RULES,
+    *titan.RULES,
+)
+"""The table."""
+
+
+def refusals(facts: Facts) -> list[str]:
+    """Return the message of every rule that applies."""
+    return [rule.message(facts) for rule in RULES if rule.applies(facts)]
+
+
+def check_combinations(
+    config: "JobConfig", dims: ParallelDims, decoder: DecoderConfig, tokenizer_vocab_size: int
+) -> None:
+    """Look again once the run knows its ranks, its device and its tokenizer; raise ValueError."""
+    facts, problems = gather_facts(config, dims.world_size, device_type=dims.device_type)
+    facts = replace(
+        facts,
+        decoder=decoder,
+        attention=decoder.attention,
+        tokenizer_vocab_size=tokenizer_vocab_size,
+    )
+    raise_mistakes(problems + refusals(facts))

@@ -1,0 +1,181 @@
+"""What a rule about a configuration is, and what it may look at. The table is `combinations.py`."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.model import choose_backend, find_architecture
+from engine.schema import value_of
+from models.attention import unsupported_reason
+from models.decoder import DecoderConfig
+
+if TYPE_CHECKING:
+    from engine.config import JobConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What rules may look at."""
+
+    config: "JobConfig"
+    world_size: int
+    device_type: str
+    decoder: DecoderConfig | None = None
+    """Sizes of the model; None where they could not be found, which is reported elsewhere."""
+
+    attention: str = "sdpa"
+    """Attention backend in force."""
+
+    is_here: bool = True
+    """Whether this machine is one that trains, so that its files, packages and GPUs count."""
+
+    num_gpus: int = 0
+    """Usable GPUs of this machine."""
+
+    num_local_ranks: int = 1
+    """Ranks on this machine."""
+
+    missing: frozenset[str] = frozenset()
+    """Optional programs and packages that are not installed."""
+
+    tokenizer_vocab_size: int | None = None
+    """Tokens that the tokenizer can produce; None where it is not loaded yet."""
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel degree."""
+        return self.config.parallelism.tensor_parallel_degree
+
+    @property
+    def fixed_degrees(self) -> int:
+        """Product of the degrees that are not inferred."""
+        parallelism = self.config.parallelism
+        shard = max(parallelism.data_parallel_shard_degree, 1)
+        return parallelism.data_parallel_replicate_degree * shard * self.tp
+
+    @property
+    def rows_of_a_microbatch(self) -> int:
+        """Rows of one microbatch over all ranks."""
+        return self.config.training.local_batch_size * (self.world_size // self.tp)
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether tensor-parallel ranks share the tokens of a row."""
+        return self.tp > 1 and self.config.parallelism.sequence_parallel
+
+    @property
+    def trains(self) -> bool:
+        """Whether there will be a backward pass."""
+        return not self.config.validation.only
+
+    @property
+    def validates(self) -> bool:
+        """Whether held-out rows will be read."""
+        return self.config.validation.enable or self.config.validation.only
+
+    @property
+    def shortest_row(self) -> int:
+        """Tokens of the shortest rows that will be read."""
+        training, validation = self.config.training.seq_len, self.config.validation.seq_len
+        read = [training] * self.trains + [validation] * self.validates
+        return min(read)
+
+    @property
+    def attention_refusal(self) -> str | None:
+        """Why the attention backend cannot run on this device."""
+        head_dim = self.decoder.head_dim if self.decoder else 64
+        return unsupported_reason(
+            self.attention, device_type=self.device_type, training=self.trains, head_dim=head_dim
+        )
+
+    @property
+    def compiles_model(self) -> bool:
+        """Whether blocks are compiled."""
+        return self.config.compile.enable and "model" in self.config.compile.components
+
+    def uses_inductor(self, device_type: str) -> bool:
+        """Whether this machine will compile with inductor for such a device."""
+        config = self.config.compile
+        return (
+            self.is_here
+            and self.device_type == device_type
+            and config.enable
+            and config.backend == "inductor"
+        )
+
+    @property
+    def selective_every(self) -> int | None:
+        """The n of every n-th checkpointed block, where that mode is on."""
+        config = self.config.activation_checkpoint
+        option = config.selective_ac_option
+        return int(option) if config.mode == "selective" and option.isdigit() else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """One combination that is refused."""
+
+    id: str
+    keys: tuple[str, ...]
+    """Settings that the message shows with their values."""
+
+    applies: Callable[[Facts], bool]
+    reason: str
+    """Why, in words that follow the settings; `{f.name}` is replaced by a fact."""
+
+    remedy: str
+    """What to write instead."""
+
+    def message(self, facts: Facts) -> str:
+        """Return the settings with their values, the reason and the remedy."""
+        shown = " and ".join(f"{key} = {value_of(facts.config, key)!r}" for key in self.keys)
+        return f"{shown}: {self.reason.format(f=facts)}; {self.remedy.format(f=facts)}"
+
+
+def missing_extras() -> frozenset[str]:
+    """Return which optional packages and programs that rules name are not installed."""
+    missing = {name for name in ("wandb", "triton") if find_spec(name) is None}
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    if not any(shutil.which(name) for name in compilers):
+        missing.add("a C++ compiler")
+    return frozenset(missing)
+
+
+def usable_gpus() -> int:
+    """Return the number of GPUs that torch can use here."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def gather_facts(
+    config: "JobConfig", world_size: int, *, device_type: str | None = None, is_here: bool = True
+) -> tuple[Facts, list[str]]:
+    """Return what the rules look at, and the mistakes met while finding the model's sizes.
+
+    `device_type` is where it will train; None asks `job.device` and this machine.
+    """
+    num_gpus = usable_gpus()
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device_type is None:
+        has_gpus = num_gpus >= num_local_ranks
+        on_cuda = config.job.device == "cuda" or (config.job.device == "auto" and has_gpus)
+        device_type = "cuda" if on_cuda else "cpu"
+    facts = Facts(
+        config=config,
+        world_size=world_size,
+        device_type=device_type,
+        is_here=is_here,
+        num_gpus=num_gpus,
+        num_local_ranks=num_local_ranks,
+        missing=missing_extras() if is_here else frozenset(),
+    )
+    try:
+        architecture = find_architecture(config.model)
+    except ValueError as error:
+        return facts, [str(error)]
+    backend = choose_backend(config.model, architecture, device_type=device_type)
+    return replace(facts, decoder=architecture.config, attention=backend), []

@@ -1,0 +1,70 @@
+"""Every file of train_configs: it loads, passes the check, and holds nothing superfluous."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from engine.cli import load_config
+from engine.combinations import refusals
+from engine.config import JobConfig, check
+from engine.rules import gather_facts
+from engine.schema import flatten, leaves
+
+FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
+WORLD_SIZES = {
+    "debug_model": (1, 2, 4),
+    "llama3_1b": (1, 8),
+    "llama3_8b": (8, 1024),
+    "llama3_70b": (64,),
+    "llama3_405b": (512,),
+}
+
+
+def test_each_file_is_known_here():
+    assert {path.stem for path in FILES} == set(WORLD_SIZES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_file_passes_the_check_at_its_world_sizes(path: Path, device_type: str):
+    config = load_config(["--job.config_file", str(path)])
+    for world_size in WORLD_SIZES[path.stem]:
+        facts, problems = gather_facts(config, world_size, device_type=device_type, is_here=False)
+        assert not problems + refusals(facts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_says_where_it_ran_and_holds_only_what_differs(path: Path):
+    text = path.read_text()
+    assert text.startswith("#")
+    config = flatten(load_config(["--job.config_file", str(path)]))
+    defaults = {key: leaf.default for key, leaf in leaves(JobConfig).items()}
+    identity = {"job.config_file", "model.name", "model.flavor"}
+    changed = {key for key, value in config.items() if value != defaults[key]}
+    assert _keys(tomllib.loads(text), "") - identity == changed - identity
+
+
+def _keys(table: dict[str, object], prefix: str) -> set[str]:
+    found: set[str] = set()
+    for name, value in table.items():
+        found |= _keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+    return found
+
+
+def test_the_quick_start_sees_the_same_rows_on_one_two_and_four_ranks():
+    config = load_config(["--job.config_file", str(FILES[0])])
+    assert FILES[0].stem == "debug_model"
+    assert config.parallelism == JobConfig().parallelism
+    for world_size in (1, 2, 4):
+        check(config, world_size)
+        assert config.training.rows_per_step(world_size) == 16
+
+
+def test_the_quick_start_leaves_everything_that_it_promises():
+    config = load_config(["--job.config_file", str(FILES[0])])
+    assert config.checkpoint.enable
+    assert config.checkpoint.last_save_in_hf
+    assert not config.checkpoint.last_save_model_only
+    assert config.metrics.enable_tensorboard
+    assert config.validation.enable
