@@ -1,0 +1,306 @@
+"""From a configuration to a run that is ready for its next step; one helper for each part."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import Checkpointer, TrainingState
+from engine.checkpoint_storage import RankGroup
+from engine.cli import to_toml
+from engine.combinations import check_combinations
+from engine.config import JobConfig
+from engine.data.batch import Batch
+from engine.data.loader import train_batches, validation_batches
+from engine.data.sources import RowSource, open_rows
+from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from engine.distributed import World
+from engine.health import NonFinitePolicy
+from engine.hf_io import HfAssets, read_generation_config
+from engine.metrics import Meter, StepCosts, device_peak_flops
+from engine.model import Architecture, resolve_architecture
+from engine.optim import build_optimizer
+from engine.provenance import checkpoint_files
+from engine.run_folder import RunFolder
+from engine.step import Trainer
+from models.flops import (
+    attention_train_flops,
+    linear_train_flops_per_token,
+    parameter_counts,
+    train_flops_per_token,
+)
+from models.initialise import initial_values
+from models.registry import load_member
+from parallelisms.apply import parallelize
+from parallelisms.fsdp import PrecisionConfig
+from parallelisms.materialise import fill, materialise
+from parallelisms.mesh import ParallelDims
+
+log = logging.getLogger("tessera")
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """Everything that `loop.py` drives."""
+
+    config: JobConfig
+    world: World
+    folder: RunFolder
+    trainer: Trainer
+    state: TrainingState
+    checkpointer: Checkpointer
+    meter: Meter
+    validation: Callable[[], Iterable[Batch]] | None
+    """Opens one pass over the held-out rows; None where the run does not validate."""
+
+
+def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
+    """Build a run; every rank calls this together. A user's mistake is a ValueError."""
+    dims = ParallelDims.of(config.parallelism, world.size).build(world.device.type)
+    architecture = resolve_architecture(
+        config.model, device_type=world.device.type, training=not config.validation.only
+    )
+    tokenizer = open_tokenizer(config)
+    check_combinations(config, dims, architecture.config, tokenizer.vocab_size)
+    rows = None if config.validation.only else _open_training_rows(config, tokenizer)
+    validation = _validation_batches(config, tokenizer, dims)
+    _agree_on_data(tokenizer, rows)
+    _log_work(config, dims, architecture)
+
+    model = architecture.build_meta()
+    parallelize(
+        model,
+        architecture.plan,
+        dims,
+        parallel=config.parallelism,
+        precision=precision_of(config),
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+        frozen=config.model.freeze,
+    )
+    materialise(model, "cpu" if config.training.enable_cpu_offload else world.device)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    state = TrainingState(
+        model=model,
+        optimizer=optimizer,
+        counters={"step": 0, "rows_consumed": 0, "tokens": 0, "trained_tokens": 0},
+        data_fingerprint=rows.fingerprint if rows else "",
+    )
+    checkpointer = _build_checkpointer(
+        config, dims, architecture, tokenizer, folder, state.data_fingerprint
+    )
+    _fill_weights(config, architecture, checkpointer, state)
+    meter = _build_meter(config, world, architecture, state)
+    return Run(
+        config=config,
+        world=world,
+        folder=folder,
+        trainer=_build_trainer(config, world, dims, rows, state, meter),
+        state=state,
+        checkpointer=checkpointer,
+        meter=meter,
+        validation=validation,
+    )
+
+
+def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture) -> None:
+    total, _ = parameter_counts(architecture.config)
+    training = config.training
+    rows = training.rows_per_step(dims.batch_degree)
+    log.info("model: %s, %s, %s parameters", config.model.name, architecture.origin, f"{total:,}")
+    log.info("attention: %s; ranks: %s", architecture.config.attention, dims.describe())
+    log.info("number formats: %s", precision_of(config).describe())
+    log.info(
+        "one step: %d rows of %d tokens, %s tokens",
+        rows,
+        training.seq_len,
+        f"{rows * training.seq_len:,}",
+    )
+
+
+def open_tokenizer(config: JobConfig) -> Tokenizer:
+    """Return the run's tokenizer; dummy tokens do without one of the model's own."""
+    folder = config.model.tokenizer_folder
+    if folder and not has_tokenizer(folder) and config.training.dataset == "dummy":
+        log.info(
+            "%s holds no tokenizer: dummy tokens need none, the built-in one stands in", folder
+        )
+        folder = ""
+    return load_tokenizer(folder, config.data.cache_folder)
+
+
+def precision_of(config: JobConfig) -> PrecisionConfig:
+    """Collect the number formats of a run from its training section."""
+    training = config.training
+    return PrecisionConfig(
+        param_dtype=getattr(torch, training.mixed_precision_param),
+        reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+        master_dtype=getattr(torch, training.dtype),
+        cpu_offload=training.enable_cpu_offload,
+    )
+
+
+def _open_training_rows(config: JobConfig, tokenizer: Tokenizer) -> RowSource:
+    training = config.training
+    return open_rows(
+        training.dataset,
+        training.dataset_path,
+        split="train",
+        seq_len=training.seq_len,
+        seed=config.debug.effective_seed,
+        tokenizer=tokenizer,
+        config=config.data,
+        shuffle=True,
+    )
+
+
+def _validation_batches(
+    config: JobConfig, tokenizer: Tokenizer, dims: ParallelDims
+) -> Callable[[], Iterable[Batch]] | None:
+    validation = config.validation
+    if not (validation.enable or validation.only):
+        return None
+    rows = open_rows(
+        validation.dataset,
+        validation.dataset_path,
+        split="validation",
+        seq_len=validation.seq_len,
+        seed=config.debug.effective_seed,
+        tokenizer=tokenizer,
+        config=config.data,
+        # Shuffled, so that the first `steps` batches stand for the whole set.
+        shuffle=True,
+    )
+    return lambda: validation_batches(
+        rows,
+        local_batch_size=validation.local_batch_size,
+        batch_rank=dims.batch_rank,
+        batch_degree=dims.batch_degree,
+        steps=validation.steps,
+        dataloader=validation.dataloader,
+    )
+
+
+def _build_checkpointer(
+    config: JobConfig,
+    dims: ParallelDims,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    folder: RunFolder,
+    data_fingerprint: str,
+) -> Checkpointer:
+    family, sizes = architecture.family, architecture.config
+    assets = HfAssets(
+        key_map=family.key_map(sizes),
+        config=family.config_to_hf(sizes),
+        save_tokenizer=tokenizer.save,
+        generation_config=_generation_config(config.model.hf_assets_path),
+    )
+    facts = {"data_fingerprint": data_fingerprint, "ranks": dims.describe()}
+    dtype = getattr(torch, config.checkpoint.export_dtype)
+    files = checkpoint_files(config_toml=to_toml(config), hf=assets, dtype=dtype, facts=facts)
+    return Checkpointer(
+        config.checkpoint, folder.checkpoints, files=files, hf=assets, hf_folder=folder.hf
+    )
+
+
+def _agree_on_data(tokenizer: Tokenizer, rows: RowSource | None) -> None:
+    """Refuse ranks that read different text, as nodes with folders of their own may."""
+    group = RankGroup()
+    found = group.gather((tokenizer.fingerprint, rows.fingerprint if rows else ""))
+    group.close()
+    if others := [rank for rank, mine in enumerate(found) if mine != found[0]]:
+        raise ValueError(
+            f"training.dataset or model.hf_assets_path: ranks {others} read another text or "
+            "tokenizer than rank 0; give all nodes the same files, Python and tokenizers version"
+        )
+
+
+def _generation_config(folder: str) -> Mapping[str, object]:
+    return read_generation_config(Path(folder)) if folder else {}
+
+
+def _fill_weights(
+    config: JobConfig, architecture: Architecture, checkpointer: Checkpointer, state: TrainingState
+) -> None:
+    """Give the parameters their values: from a checkpoint where there is one, else initial ones."""
+    if config.checkpoint.initial_load_path and not config.checkpoint.enable:
+        log.warning("checkpoint.initial_load_path has no effect: checkpoint.enable = false")
+    source = checkpointer.find(only_model=config.validation.only)
+    if source is not None:
+        checkpointer.load(state, source)
+        return
+    log.info("starting from initial values, seed %d", config.debug.effective_seed)
+    draw = initial_values(state.model, architecture.config, seed=config.debug.effective_seed)
+    fill(state.model, draw)
+
+
+def _build_meter(
+    config: JobConfig, world: World, architecture: Architecture, state: TrainingState
+) -> Meter:
+    sizes, counters = architecture.config, state.counters
+    named = state.model.named_parameters(remove_duplicate=False)
+    trained = {name for name, parameter in named if parameter.requires_grad}
+    return Meter(
+        device=world.device,
+        num_devices=world.size,
+        costs=StepCosts(
+            flops_per_token=train_flops_per_token(
+                sizes, config.training.seq_len, is_trainable=trained.__contains__
+            ),
+            linear_flops_per_token=linear_train_flops_per_token(
+                sizes, is_trainable=trained.__contains__
+            ),
+            attention_flops=lambda squared: attention_train_flops(sizes, int(squared)),
+        ),
+        peak_device_flops=device_peak_flops(world.device),
+        total_steps=config.training.steps,
+        start_step=int(counters["step"]),
+        tokens_so_far=int(counters["tokens"]),
+        trained_tokens_so_far=int(counters["trained_tokens"]),
+    )
+
+
+def _build_trainer(
+    config: JobConfig,
+    world: World,
+    dims: ParallelDims,
+    rows: RowSource | None,
+    state: TrainingState,
+    meter: Meter,
+) -> Trainer:
+    training = config.training
+    rows_per_step = training.rows_per_step(dims.batch_degree)
+    batches: Iterator[Batch] = iter(())
+    if rows is not None:
+        batches = train_batches(
+            rows,
+            local_batch_size=training.local_batch_size,
+            global_batch_size=rows_per_step,
+            batch_rank=dims.batch_rank,
+            batch_degree=dims.batch_degree,
+            start_row=int(state.counters["rows_consumed"]),
+            dataloader=training.dataloader,
+        )
+    assert state.optimizer is not None, "training has an optimizer"
+    return Trainer(
+        model=state.model,
+        optimizer=state.optimizer,
+        objective=load_member("engine.objectives", config.objective.name, "build")(),
+        batches=_timed(batches, meter),
+        nonfinite=NonFinitePolicy(training.on_nonfinite, gather=world.gather_texts),
+        dims=dims,
+        device=world.device,
+        rows_per_step=rows_per_step,
+        microbatches=rows_per_step // (training.local_batch_size * dims.batch_degree),
+        max_norm=training.max_norm,
+    )
+
+
+def _timed(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:
+    while True:
+        with meter.loading():
+            batch = next(batches)
+        yield batch

@@ -1,0 +1,212 @@
+"""The life of a run: steps, and when to log, validate, save and stop."""
+
+import logging
+from contextlib import ExitStack
+
+from engine.build import Run, build
+from engine.config import JobConfig, check
+from engine.distributed import (
+    choose_device,
+    launched_rank,
+    launched_world_size,
+    process_group,
+    seed_everything,
+    shorten_timeouts,
+)
+from engine.evaluate import Validation, evaluate
+from engine.health import GarbageCollector, SignalWatcher
+from engine.logging import Output, environment_report, start_logging
+from engine.profiling import Profiler
+from engine.run_folder import Difference, RunFolder
+from engine.schedule import lr_factor, set_learning_rate, shortening
+from engine.schema import flatten
+from engine.step import train_step
+from engine.trackers import Trackers, build_trackers
+
+log = logging.getLogger("tessera")
+
+
+def fit(config: JobConfig) -> None:
+    """Train as `config` says, from where its run folder left off. Every rank calls this.
+
+    SIGTERM or SIGUSR1 on any rank ends it after the current step, with a checkpoint.
+    """
+    check(config, launched_world_size())
+    folder = RunFolder.of(config)
+    if (finished := folder.finished_step(config)) is not None:
+        print(
+            f"This run is finished: step {finished} in {folder.checkpoints} holds the model alone "
+            "(checkpoint.last_save_model_only). To train it on from the last full step, set "
+            "checkpoint.load_step"
+        )
+        return
+    differences = folder.check_reuse(config, launched_world_size())
+    with ExitStack() as stack:
+        output = _open_output(config, folder)
+        stack.callback(output.close)
+        stack.push(output.record)
+        device = choose_device(config.job.device)
+        signals = stack.enter_context(SignalWatcher())
+        world = stack.enter_context(process_group(config.comm, device, folder.path))
+        if world.rank == 0:  # every rank is past check_reuse once the process group stands
+            _open_folder(config, folder, differences)
+        seed_everything(config.debug)
+        run = build(config, world, folder)
+        stack.callback(run.checkpointer.close)
+        if config.validation.only:
+            _validate(run)
+            return
+        if config.checkpoint.create_seed_checkpoint:
+            if folder.holds_checkpoints():
+                raise ValueError(
+                    f"checkpoint.create_seed_checkpoint = true, but {folder.checkpoints} holds "
+                    "steps already; give another job.dump_folder"
+                )
+            run.checkpointer.save(0, run.state)
+            run.checkpointer.wait()
+            return
+        trackers = build_trackers(
+            config.metrics,
+            folder.path,
+            rank=world.rank,
+            total_steps=config.training.steps,
+            resume_step=int(run.state.counters["step"]),
+            settings=flatten(config),
+            show=output.show,
+        )
+        stack.callback(trackers.close)
+        _train(run, trackers, signals)
+        trackers.close()
+        if world.rank == 0:
+            _say_what_next(run)
+
+
+def _open_output(config: JobConfig, folder: RunFolder) -> Output:
+    try:
+        return start_logging(
+            rank=launched_rank(),
+            folder=folder.logs,
+            use_color=not config.metrics.disable_color_printing,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"job.dump_folder = {config.job.dump_folder!r} cannot be written to "
+            f"({error.strerror}); give a folder that can"
+        ) from error
+
+
+def _open_folder(config: JobConfig, folder: RunFolder, differences: list[Difference]) -> None:
+    """Say how this run differs from the one before it in the folder; write its configuration."""
+    log.info("%s, in %s", config.job.description, folder.path)
+    present = {k: v for k, v in environment_report().items() if v not in ("none", "not installed")}
+    log.info("%s", ", ".join(f"{name} {version}" for name, version in present.items()))
+    if differences:
+        shown = "".join(f"\n  {difference}" for difference in differences)
+        log.warning("%s holds another configuration; what changes:%s", folder.path, shown)
+    if not config.validation.only:
+        folder.write_config(config, launched_world_size())
+
+
+def _train(run: Run, trackers: Trackers, signals: SignalWatcher) -> None:
+    config, counters = run.config, run.state.counters
+    steps, first_step = config.training.steps, int(counters["step"]) + 1
+    if note := shortening(config.lr_scheduler, steps):
+        log.warning("%s", note)
+    if first_step > steps:
+        log.info("all %d steps of this run are done; raise training.steps to go on", steps)
+        run.checkpointer.make_up_export(run.state)
+    profiler = Profiler(
+        config.profiling,
+        run.folder.profile,
+        rank=run.world.rank,
+        device_type=run.world.device.type,
+        start_step=first_step - 1,
+    )
+    garbage = GarbageCollector(config.training.gc_freq, debug=config.training.gc_debug)
+    with profiler, garbage:
+        for step in range(first_step, steps + 1):
+            row = _take_step(run, step)
+            if step == first_step:
+                shorten_timeouts(config.comm)
+            if _should_validate(config, step) and row is not None:
+                row["validation_loss"] = _validate(run).loss
+            if row is None:
+                trackers.advance(step)
+            else:
+                trackers.write(step, row)
+            profiler.after_step()
+            garbage.after_step(step)
+            stopping = signals.should_stop(run.world.any_rank)
+            if stopping or run.checkpointer.should_save(step, last=step == steps):
+                run.checkpointer.save(step, run.state, last=step == steps)
+            if stopping:
+                if not config.checkpoint.enable:
+                    log.warning("checkpoint.enable = false: nothing of this run was saved")
+                break
+    run.checkpointer.wait()
+
+
+def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
+    """Run one update; return its row of numbers where one is due."""
+    config, counters, meter = run.config, run.state.counters, run.meter
+    steps = config.training.steps
+    factor = lr_factor(step, config.lr_scheduler, steps)
+    set_learning_rate(run.trainer.optimizer, factor)
+    meter.start_step()
+    report = train_step(run.trainer, step)
+    rows = run.trainer.rows_per_step
+    meter.finish_step(
+        step,
+        tokens=report.tokens,
+        trained_tokens=report.trained_tokens,
+        squared_document_tokens=report.squared_document_tokens,
+        rows=rows,
+    )
+    counters["step"] = step
+    counters["rows_consumed"] += rows
+    counters["tokens"] += report.tokens
+    counters["trained_tokens"] += report.trained_tokens
+    if not config.metrics.is_due(step, steps) and not _should_validate(config, step):
+        return None
+    return meter.report(
+        step,
+        loss=report.loss,
+        grad_norm=report.grad_norm,
+        lr=config.optimizer.lr * factor,
+        extra={"skipped_steps": run.trainer.nonfinite.num_skipped_steps},
+    )
+
+
+def _should_validate(config: JobConfig, step: int) -> bool:
+    validation = config.validation
+    is_last = step == config.training.steps
+    return validation.enable and (is_last or step % validation.freq == 0)
+
+
+def _validate(run: Run) -> Validation:
+    assert run.validation is not None, "validation data was opened where validation is asked for"
+    trainer = run.trainer
+    result = evaluate(
+        trainer.model, trainer.objective, run.validation, trainer.dims, trainer.device
+    )
+    log.info(
+        "validation loss %.4f over %s tokens in %.1f s",
+        result.loss,
+        f"{result.tokens:,}",
+        result.seconds,
+    )
+    return result
+
+
+def _say_what_next(run: Run) -> None:
+    """Print how to resume, look and generate; rank 0 only."""
+    config, folder = run.config, run.folder
+    step = int(run.state.counters["step"])
+    print(f"\nStopped after step {step} of {config.training.steps}. Everything is in {folder.path}")
+    if config.checkpoint.enable and not config.checkpoint.load_only:
+        command = f"train.py --job.config_file {folder.config}"
+        print(f"  go on:       torchrun --nproc_per_node={run.world.size} {command}")
+    if config.metrics.enable_tensorboard:
+        print(f"  curves:      tensorboard --logdir {folder.path / config.metrics.save_tb_folder}")
+    if (folder.hf / "config.json").is_file():
+        print(f'  complete:    python scripts/generate.py --model {folder.hf} --prompt "def "')

@@ -1,0 +1,124 @@
+"""Which architecture a run trains: a flavor of a family, or the config.json of a folder."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from engine.hf_io import CONFIG_NAME, read_hf_config
+from models.attention import unsupported_reason
+from models.plan import ModelPlan
+from models.registry import ModelFamily, family_for_hf, load_family
+
+log = logging.getLogger("tessera")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The architecture and how its arithmetic is done."""
+
+    name: str = "llama3"
+    """Family: the name of a file in models/families."""
+
+    flavor: str = "debugmodel"
+    """Size from the family's table; ignored where `hf_assets_path` holds a config.json."""
+
+    hf_assets_path: str = ""
+    """Hugging Face folder with a tokenizer, and optionally config.json, which then decides the
+    architecture, and weights; empty takes the built-in tokenizer."""
+
+    tokenizer_path: str | None = None
+    """Folder of the tokenizer where it is not `hf_assets_path`."""
+
+    converters: list[str] = field(default_factory=list[str])
+    """Model rewrites by name, such as float8."""
+
+    print_after_conversion: bool = False
+    """Print the model after the converters have run."""
+
+    attention: Literal["auto", "eager", "sdpa", "flex"] = "auto"
+    """Attention backend; auto takes flex on CUDA and sdpa elsewhere."""
+
+    freeze: list[str] = field(default_factory=list[str])
+    """Parameter name patterns (`*` within one dot-separated part) that are not trained."""
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Folder to read the tokenizer from; empty means the built-in tokenizer."""
+        return self.tokenizer_path or self.hf_assets_path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """A family with the sizes that this run takes from it."""
+
+    family: ModelFamily
+    config: Any
+    """The family's own configuration record, such as `models.decoder.DecoderConfig`."""
+
+    origin: str
+    """Where the sizes come from, for the log."""
+
+    @property
+    def plan(self) -> ModelPlan:
+        """The parallel description of this architecture."""
+        return self.family.plan(self.config)
+
+    def build_meta(self) -> nn.Module:
+        """Build the model without memory for its parameters."""
+        with torch.device("meta"):
+            return self.family.build(self.config)
+
+
+def find_architecture(config: ModelConfig) -> Architecture:
+    """Return what flavor or config.json say, whatever the device can run."""
+    folder = config.hf_assets_path
+    if folder and not Path(folder).is_dir():
+        raise ValueError(
+            f"model.hf_assets_path = {folder!r} is not a folder; download the tokenizer there with "
+            "scripts/download_assets.py, or set it to '' for the built-in tokenizer"
+        )
+    if folder and (Path(folder) / CONFIG_NAME).is_file():
+        hf_config = read_hf_config(Path(folder))
+        family = family_for_hf(hf_config)
+        if family.name != config.name:
+            raise ValueError(
+                f"model.name = {config.name!r}, but {folder}/config.json is of the family "
+                f"{family.name!r}; set model.name = {family.name!r}"
+            )
+        return Architecture(
+            family=family,
+            config=family.config_from_hf(hf_config),
+            origin=f"{folder}/config.json (model.flavor is ignored)",
+        )
+    family = load_family(config.name)
+    return Architecture(
+        family=family, config=family.flavor(config.flavor), origin=f"flavor {config.flavor}"
+    )
+
+
+def choose_backend(config: ModelConfig, architecture: Architecture, *, device_type: str) -> str:
+    """Return the attention backend that `model.attention` asks for on this device."""
+    if config.attention != "auto":
+        return config.attention
+    # A flavor may ask for flex by name, on any device.
+    wants_flex = device_type == "cuda" or architecture.config.attention == "flex"
+    return "flex" if wants_flex else "sdpa"
+
+
+def resolve_architecture(config: ModelConfig, *, device_type: str, training: bool) -> Architecture:
+    """Decide sizes and attention backend; raise ValueError where they cannot be had."""
+    architecture = find_architecture(config)
+    backend = choose_backend(config, architecture, device_type=device_type)
+    reason = unsupported_reason(
+        backend,
+        device_type=device_type,
+        training=training,
+        head_dim=architecture.config.head_dim,
+    )
+    if reason is not None:
+        raise ValueError(f"model.attention = {config.attention!r} cannot run here: {reason}")
+    return replace(architecture, config=replace(architecture.config, attention=backend))

@@ -1,0 +1,115 @@
+"""The optimizer: which parameters decay, and which implementation of Adam runs the update.
+
+The learning rate over the run is decided in `schedule.py`.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Adam, AdamW, Optimizer
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+log = logging.getLogger("tessera")
+
+OPTIMIZERS: dict[str, type[Adam]] = {"Adam": Adam, "AdamW": AdamW}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """Section `optimizer`: the update rule and its constants."""
+
+    name: Literal["Adam", "AdamW"] = "AdamW"
+    """Update rule; weight decay is decoupled in AdamW and part of the gradient in Adam."""
+
+    lr: float = 8e-4
+    """Peak learning rate, which `lr_scheduler` multiplies by a factor each step."""
+
+    beta1: float = 0.9
+    """Decay rate, per step, of the running mean of gradients."""
+
+    beta2: float = 0.95
+    """Decay rate, per step, of the running mean of squared gradients."""
+
+    eps: float = 1e-8
+    """Added to the root of the mean squared gradient, against division by zero."""
+
+    weight_decay: float = 0.1
+    """Decay of matrices, embeddings included; vectors (norm weights, biases) never decay."""
+
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """One kernel for all parameters (fused), one for each operation (foreach), or one for each
+    parameter and operation; a device without fused kernels takes foreach, said in the log."""
+
+    early_step_in_backward: bool = False
+    """Update each parameter as soon as its gradient is there; refused here."""
+
+    def __post_init__(self) -> None:
+        if self.early_step_in_backward:
+            raise ValueError(
+                "optimizer.early_step_in_backward = true updates parameters before the global "
+                "gradient norm is known, so clipping and gradient accumulation would be wrong; "
+                "set it to false, and save memory with parallelism.data_parallel_shard_degree or "
+                "training.enable_cpu_offload instead"
+            )
+        for key in ("lr", "weight_decay", "eps"):
+            if getattr(self, key) < 0:
+                raise ValueError(
+                    f"optimizer.{key} = {getattr(self, key)} is negative; give 0 or more"
+                )
+        for key in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, key) < 1.0:
+                raise ValueError(
+                    f"optimizer.{key} = {getattr(self, key)} is no rate of decay; "
+                    "give a number from 0 to below 1, such as 0.9"
+                )
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+) -> Optimizer:
+    """Return the optimizer over the trainable parameters, each counted once.
+
+    There are at most two groups, decaying matrices before vectors, whatever the layout of the
+    parameters, so that a checkpoint's groups fit every layout. Call it after the parameters got
+    their final device and sharding.
+    """
+    parameters = {id(p): p for _, p in named_parameters if p.requires_grad}.values()
+    if not parameters:
+        raise ValueError(
+            "nothing to train: every parameter of the model is frozen; "
+            "leave at least one parameter trainable"
+        )
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": members, "weight_decay": weight_decay}
+        for members, weight_decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if members
+    ]
+    implementation = _available_implementation(parameters, config.implementation)
+    optimizer = OPTIMIZERS[config.name](
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=implementation == "fused",
+        foreach=implementation == "foreach",
+    )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def _available_implementation(parameters: Iterable[nn.Parameter], wanted: str) -> str:
+    device_types = {p.device.type for p in parameters}
+    without_kernel = device_types.difference(_get_fused_kernels_supported_devices())
+    if wanted != "fused" or not without_kernel:
+        return wanted
+    log.warning(
+        "optimizer.implementation = 'fused' has no kernel for parameters on %s; using 'foreach'",
+        ", ".join(sorted(without_kernel)),
+    )
+    return "foreach"

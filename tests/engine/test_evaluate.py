@@ -1,0 +1,60 @@
+"""Held-out loss is exact over uneven ranks, and leaves training as it was."""
+
+import random
+
+import pytest
+import torch
+
+from engine.evaluate import Validation, evaluate
+from engine.step import train_step
+from tests.engine.training_cases import held_out, make_trainer
+from tests.parity.cases import Case
+from tests.ranks import RankPool
+
+EXACT = 1e-7  # fp32 sums of each batch, added in float64
+
+
+def validate(rank: int, world_size: int, case: Case, num_rows: int) -> Validation:
+    trainer = make_trainer(case, local_batch_size=1)
+    return evaluate(
+        trainer.model,
+        trainer.objective,
+        lambda: held_out(trainer.dims, num_rows),
+        trainer.dims,
+        trainer.device,
+    )
+
+
+@pytest.mark.parametrize("num_rows", [1, 13])
+@pytest.mark.parametrize("case", [Case(shard=4), Case(shard=2, tp=2)], ids=str)
+def test_the_loss_over_uneven_ranks_is_that_of_one_process(
+    ranks: RankPool, case: Case, num_rows: int
+) -> None:
+    (expected,) = ranks(1, validate, Case(), num_rows)
+    for found in ranks(case.world_size, validate, case, num_rows):
+        assert found.tokens == expected.tokens > 0
+        # Tensor parallelism adds in another order before the float64 sum.
+        tolerance = EXACT if case.tp == 1 else 20 * EXACT
+        assert found.loss == pytest.approx(expected.loss, rel=tolerance)
+
+
+def interrupted(rank: int, world_size: int, validates: bool) -> list[float]:
+    trainer = make_trainer(Case(shard=2), local_batch_size=1)
+    losses = [train_step(trainer, 1).loss]
+    if validates:
+        before = torch.get_rng_state(), random.getstate()
+        evaluate(
+            trainer.model,
+            trainer.objective,
+            lambda: held_out(trainer.dims, 5),
+            trainer.dims,
+            trainer.device,
+        )
+        assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+        assert trainer.model.training
+    report = train_step(trainer, 2)
+    return [*losses, report.loss, report.grad_norm]
+
+
+def test_validation_between_two_steps_changes_neither(ranks: RankPool) -> None:
+    assert ranks(2, interrupted, True) == ranks(2, interrupted, False)

@@ -1,0 +1,159 @@
+"""One update is the same however its rows are dealt to ranks and microbatches."""
+
+import math
+from itertools import count
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.health import NonFiniteError
+from engine.step import StepReport, TrainingConfig, train_step
+from tests.engine.training_cases import ROWS_PER_STEP, make_trainer, whole_parameters
+from tests.parity.cases import Case
+from tests.ranks import RankPool
+
+FP32_REORDERED_SUM = 1e-5  # another order of the same sums, through two updates of AdamW
+
+Outcome = tuple[list[StepReport], dict[str, Tensor]]
+
+
+def take_steps(rank: int, world_size: int, case: Case, local_batch_size: int) -> Outcome:
+    trainer = make_trainer(case, local_batch_size=local_batch_size)
+    reports = [train_step(trainer, step) for step in (1, 2)]
+    return reports, whole_parameters(trainer)
+
+
+@pytest.mark.parametrize("local_batch_size", [1, 2])
+@pytest.mark.parametrize(
+    "case", [Case(shard=2), Case(tp=2), Case(replicate=2, shard=2), Case(shard=2, tp=2)], ids=str
+)
+def test_an_update_is_the_same_for_any_ranks_and_microbatches(
+    ranks: RankPool, case: Case, local_batch_size: int
+) -> None:
+    (expected, parameters), *_ = ranks(1, take_steps, Case(), ROWS_PER_STEP)
+    for reports, found in ranks(case.world_size, take_steps, case, local_batch_size):
+        for report, wanted in zip(reports, expected, strict=True):
+            assert report.loss == pytest.approx(wanted.loss, rel=FP32_REORDERED_SUM)
+            assert report.grad_norm == pytest.approx(wanted.grad_norm, rel=FP32_REORDERED_SUM)
+            assert (report.tokens, report.trained_tokens) == (wanted.tokens, wanted.trained_tokens)
+            assert report.squared_document_tokens == wanted.squared_document_tokens
+        for name, value in parameters.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def take_ten_steps(rank: int, world_size: int, case: Case, local_batch_size: int) -> list[float]:
+    trainer = make_trainer(case, local_batch_size=local_batch_size)
+    return [train_step(trainer, step).loss for step in range(1, 11)]
+
+
+def test_ten_compiled_and_checkpointed_steps_follow_one_process(ranks: RankPool) -> None:
+    case = Case(shard=2, tp=2, backend="aot_eager", checkpointing="full")
+    (expected,) = ranks(1, take_ten_steps, Case(), ROWS_PER_STEP)
+    for found in ranks(case.world_size, take_ten_steps, case, 2):
+        assert found == pytest.approx(expected, rel=FP32_REORDERED_SUM)
+
+
+def train_frozen(rank: int, world_size: int, case: Case) -> tuple[set[str], set[str], float, float]:
+    """Take ten steps; return what changed, what has moments, and the bytes of both."""
+    frozen = ("model.layers.[01].*.*.weight", "model.embed_tokens.weight")
+    trainer = make_trainer(case, local_batch_size=2, frozen=frozen)
+    before = whole_parameters(trainer)
+    for step in range(1, 11):
+        train_step(trainer, step)
+    after = whole_parameters(trainer)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    named = {id(p): name for name, p in trainer.model.named_parameters()}
+    with_moments = {named[id(p)] for p in trainer.optimizer.state}
+    moments = sum(_local(s["exp_avg"]).nbytes for s in trainer.optimizer.state.values())
+    trained = sum(_local(p).nbytes for p in trainer.model.parameters() if p.requires_grad)
+    return changed, with_moments, moments, trained
+
+
+@pytest.mark.parametrize("case", [Case(shard=2), Case(shard=2, tp=2)], ids=str)
+def test_frozen_parameters_keep_their_bits_and_cost_no_moments(ranks: RankPool, case: Case) -> None:
+    for changed, with_moments, moments, trained in ranks(case.world_size, train_frozen, case):
+        assert changed == with_moments and moments == trained
+        assert "model.layers.2.mlp.up_proj.weight" in changed and "model.norm.weight" in changed
+        assert not {name for name in changed if name.startswith("model.layers.0.mlp")}
+        assert "model.embed_tokens.weight" not in changed
+
+
+def number_formats(rank: int, world_size: int) -> set[str]:
+    trainer = make_trainer(Case(shard=2, bfloat16=True), local_batch_size=2)
+    train_step(trainer, 1)
+    state = trainer.optimizer.state.values()
+    kept = [t for slots in state for name, t in slots.items() if name != "step"]
+    return {str(t.dtype) for t in (*kept, *trainer.model.parameters())}
+
+
+def test_masters_and_moments_stay_in_fp32_while_compute_is_bf16(ranks: RankPool) -> None:
+    assert ranks(2, number_formats) == [{"torch.float32"}] * 2
+
+
+def nonfinite_step(rank: int, world_size: int, case: Case, action: str) -> tuple[bool, int, bool]:
+    """Take a step, one with a NaN in a weight's path, and another; return what changed."""
+    trainer = make_trainer(case, local_batch_size=4 // case.world_size, action=action)
+    train_step(trainer, 1)
+    before = whole_parameters(trainer)
+    moments = {k: v["exp_avg"].clone() for k, v in trainer.optimizer.state.items()}
+    numbers = count()
+    inner = trainer.objective.sums
+
+    def poisoned(logps_BT: Tensor, batch, sequence_sum):
+        sums = inner(logps_BT, batch, sequence_sum)
+        return {"nll": sums["nll"] * math.nan} if next(numbers) == 1 else sums
+
+    trainer.objective.sums = poisoned  # pyright: ignore[reportAttributeAccessIssue]
+    report = train_step(trainer, 2)
+    after = whole_parameters(trainer)
+    same = all(torch.equal(before[name], after[name]) for name in before) and all(
+        torch.equal(_local(moments[k]), _local(v["exp_avg"]))
+        for k, v in trainer.optimizer.state.items()
+    )
+    again = train_step(trainer, 3)
+    return same and not report.updated, trainer.nonfinite.num_skipped_steps, again.updated
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
+@pytest.mark.parametrize("case", [Case(shard=2), Case(tp=2)], ids=str)
+def test_a_skipped_step_changes_no_weight_and_no_moment_and_the_next_one_trains(
+    ranks: RankPool, case: Case
+) -> None:
+    for unchanged, num_skipped, trained_again in ranks(
+        case.world_size, nonfinite_step, case, "skip"
+    ):
+        assert unchanged and num_skipped == 1 and trained_again
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_names_the_step(ranks: RankPool) -> None:
+    with pytest.raises(Exception, match="step 2 is not finite") as caught:
+        ranks(2, nonfinite_step, Case(shard=2), "stop")
+    assert NonFiniteError.__name__ in repr(caught.value) + str(caught.value)
+
+
+def test_rows_of_a_step_must_be_whole_microbatches() -> None:
+    config = TrainingConfig(local_batch_size=2, global_batch_size=8)
+    assert config.rows_per_step(4) == 8
+    assert TrainingConfig(local_batch_size=3).rows_per_step(4) == 12
+    with pytest.raises(ValueError, match=r"training\.global_batch_size = 8 .* 2 x 3 = 6"):
+        config.rows_per_step(3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, r"training\.steps = 0"),
+        ({"global_batch_size": 0}, r"training\.global_batch_size = 0"),
+        ({"max_norm": 0.0}, r"training\.max_norm = 0\.0"),
+        ({"max_norm": math.nan}, r"training\.max_norm = nan"),
+    ],
+)
+def test_training_settings_that_cannot_work_are_refused_by_name(
+    values: dict[str, int | float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**values)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,94 @@
+"""A tiny run on any number of ranks: the real model, rows, objective and step, without a folder."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row
+from engine.data.loader import DataloaderConfig, train_batches, validation_batches
+from engine.health import NonFinitePolicy
+from engine.objectives.pretrain import build as build_pretrain
+from engine.optim import OptimizerConfig, build_optimizer
+from engine.step import Trainer
+from parallelisms import ParallelDims
+from tests.parity.cases import Case, build_case
+
+ROWS_PER_STEP = 8
+SEQ_LEN = 16
+# A large eps: otherwise the first update is the gradient's sign, which rounding may turn.
+SMOOTH = OptimizerConfig(lr=1e-2, eps=1e-2)
+
+
+@dataclass(kw_only=True)
+class RaggedRows:
+    """Rows of two documents, of which a varying part has labels: some rows have very few."""
+
+    rows_per_epoch: int = 64
+    seq_len: int = SEQ_LEN
+    vocab_size: int = 64
+    fingerprint: str = "ragged"
+    one_document_per_row: bool = False
+
+    def row(self, index: int) -> Row:
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randint(self.vocab_size, (SEQ_LEN,), generator=generator)
+        labels = tokens.roll(-1)
+        first = 3 + index % 9
+        labels[first - 1] = labels[-1] = IGNORED_LABEL
+        labels[: (index * 5) % 15] = IGNORED_LABEL
+        padding = index % 4
+        positions = torch.cat([torch.arange(first), torch.arange(SEQ_LEN - first)])
+        documents = torch.where(torch.arange(SEQ_LEN) < first, 1, 2)
+        if padding:
+            labels[-padding - 1 :] = IGNORED_LABEL
+            documents[-padding:] = PADDING_DOCUMENT
+        return Row(tokens_T=tokens, labels_T=labels, positions_T=positions, documents_T=documents)
+
+
+def make_trainer(
+    case: Case, *, local_batch_size: int, action: str = "stop", frozen: tuple[str, ...] = ()
+) -> Trainer:
+    """Build the trainer of one rank; a step has the same rows on any layout."""
+    model, dims = build_case(case, frozen=frozen)
+    batches = train_batches(
+        RaggedRows(),
+        local_batch_size=local_batch_size,
+        global_batch_size=ROWS_PER_STEP,
+        batch_rank=dims.batch_rank,
+        batch_degree=dims.batch_degree,
+        start_row=0,
+        dataloader=DataloaderConfig(),
+    )
+    return Trainer(
+        model=model,
+        optimizer=build_optimizer(model.named_parameters(), SMOOTH),
+        objective=build_pretrain(),
+        batches=batches,
+        nonfinite=NonFinitePolicy(action, gather=lambda text: [text]),  # pyright: ignore[reportArgumentType]
+        dims=dims,
+        device=torch.device("cpu"),
+        rows_per_step=ROWS_PER_STEP,
+        microbatches=ROWS_PER_STEP // (local_batch_size * dims.batch_degree),
+        max_norm=0.5,
+    )
+
+
+def held_out(dims: ParallelDims, num_rows: int) -> Iterator[Batch]:
+    """Yield this rank's share of `num_rows` validation rows."""
+    return validation_batches(
+        RaggedRows(rows_per_epoch=num_rows),
+        local_batch_size=2,
+        batch_rank=dims.batch_rank,
+        batch_degree=dims.batch_degree,
+        dataloader=DataloaderConfig(),
+    )
+
+
+def whole_parameters(trainer: Trainer) -> dict[str, Tensor]:
+    """Gather every parameter; every rank must call this."""
+    return {
+        name: getattr(p, "full_tensor", lambda p=p: p)().detach().clone()
+        for name, p in trainer.model.named_parameters()
+    }
