@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.layers.head import label_logps
 from parallelisms import ParallelConfig, ParallelDims
 from parallelisms.vocabulary import VocabularyLogps
-from tests.parity.cases import Case, batch, build_case, forward
+from tests.parity.cases import Case, batch, build_case, forward, train
 from tests.ranks import RankFailure, RankPool
 
 
@@ -127,3 +127,33 @@ def test_without_labels_every_rank_gets_the_whole_logits(ranks: RankPool, case: 
     expected = ranks(1, logits_of, Case(vocab=case.vocab))[0]
     for logits in ranks(case.world_size, logits_of, case):
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def norm_gradients(rank: int, world_size: int, case: Case) -> dict[str, Tensor]:
+    model, dims = build_case(case)
+    train(model, dims, case)
+    return {
+        name: parameter.grad.to_local()
+        for name, parameter in model.named_parameters()
+        if "norm" in name and isinstance(parameter.grad, DTensor)
+    }
+
+
+@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=2, sequence=False)], ids=str)
+def test_every_rank_holds_the_same_gradient_of_a_norm(ranks: RankPool, case: Case) -> None:
+    first, second = ranks(2, norm_gradients, case)
+    assert len(first) == 7
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]), name
+
+
+def lost(rank: int, world_size: int) -> None:
+    case = Case(shard=2, checkpointing="full")
+    model, _ = build_case(case)
+    rows = batch(case)
+    model(rows["tokens_BT"], positions_BT=rows["positions_BT"][:, :-1])
+
+
+def test_an_error_inside_the_model_points_to_its_file(ranks: RankPool) -> None:
+    with pytest.raises(RankFailure, match=r"models/decoder\.py"):
+        ranks(2, lost)

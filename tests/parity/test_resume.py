@@ -36,6 +36,7 @@ RUN = (
     *("--training.local_batch_size", "2", "--training.global_batch_size", "4"),
     *("--checkpoint.interval", "4", "--checkpoint.no_last_save_in_hf"),
     *("--validation.no_enable", "--metrics.log_freq", "1", "--debug.deterministic"),
+    *("--training.dataloader.num_workers", "2", "--checkpoint.async_mode", "async"),
 )
 
 
