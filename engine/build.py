@@ -229,12 +229,12 @@ def _fill_weights(
     if config.checkpoint.initial_load_path and not config.checkpoint.enable:
         log.warning("checkpoint.initial_load_path has no effect: checkpoint.enable = false")
     source = checkpointer.find(only_model=config.validation.only)
+    if source is None or config.checkpoint.initial_load_allow:
+        log.info("starting from initial values, seed %d", config.debug.effective_seed)
+        draw = initial_values(state.model, architecture.config, seed=config.debug.effective_seed)
+        fill(state.model, draw)
     if source is not None:
         checkpointer.load(state, source)
-        return
-    log.info("starting from initial values, seed %d", config.debug.effective_seed)
-    draw = initial_values(state.model, architecture.config, seed=config.debug.effective_seed)
-    fill(state.model, draw)
 
 
 def _build_meter(

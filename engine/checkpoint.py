@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -78,6 +79,9 @@ class CheckpointConfig:
 
     initial_load_in_hf: bool = False
     """initial_load_path is a Hugging Face folder with safetensors files."""
+
+    initial_load_allow: list[str] = field(default_factory=list[str])
+    """Patterns of names that a Hugging Face folder may lack (they start anew) or have too many."""
 
     initial_load_in_hf_quantized: bool = False
     """Dequantise while reading a Hugging Face folder; refused, not there."""
@@ -385,7 +389,8 @@ class Checkpointer:
         if source.kind == "hf":
             assert self._hf is not None, "loading from Hugging Face comes with its key map"
             key_map = self._hf.key_map
-            self._ranks.together(lambda: hf_io.load_into(state.model, source.path, key_map))
+            load = partial(hf_io.load_into, allowed=self._config.initial_load_allow)
+            self._ranks.together(lambda: load(state.model, source.path, key_map))
             return 0
         excluded = set(self._config.exclude_from_loading)
         parts = _MODEL_PARTS if source.only_model else frozenset(PARTS) - excluded

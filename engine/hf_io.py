@@ -8,8 +8,9 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -146,35 +147,48 @@ class HfWeights:
                 )
 
 
-def load_into(model: nn.Module, folder: Path, key_map: KeyMap) -> None:
+def load_into(
+    model: nn.Module, folder: Path, key_map: KeyMap, *, allowed: Sequence[str] = ()
+) -> None:
     """Fill a model from a folder's safetensors files, each rank reading only its own slices.
 
     Anything missing, unexpected or of another shape is a ValueError that lists the names, raised
-    before anything is read; values are converted to the parameters' dtype. Every rank must call
-    this.
+    before anything is read; values are converted to the parameters' dtype. Stored names that
+    match a pattern of `allowed` may be missing, and then keep their value, or be left over. Every
+    rank must call this.
     """
     weights = HfWeights(folder)
     tensors = model_tensors(model)
     stored_names = {name: hf for name in tensors if (hf := key_map.to_hf(name)) is not None}
-    refuse_other_weights(
-        weights, {hf: tuple(tensors[name].shape) for name, hf in stored_names.items()}, key_map
-    )
+    shapes = {hf: tuple(tensors[name].shape) for name, hf in stored_names.items()}
+    refuse_other_weights(weights, shapes, key_map, allowed=allowed)
 
     def draw(name: str, slices: tuple[slice, ...]) -> Tensor:
-        return weights.read(stored_names[name], slices)
+        if stored_names[name] in weights.names:
+            return weights.read(stored_names[name], slices)
+        kept = tensors[name].detach()
+        return kept.to_local() if isinstance(kept, DTensor) else kept
 
     fill(model, draw)
 
 
 def refuse_other_weights(
-    weights: HfWeights, shapes: Mapping[str, tuple[int, ...]], key_map: KeyMap
+    weights: HfWeights,
+    shapes: Mapping[str, tuple[int, ...]],
+    key_map: KeyMap,
+    *,
+    allowed: Sequence[str] = (),
 ) -> None:
     """Raise a ValueError listing every disagreement between a model's shapes and the files."""
+
+    def matter(names: Iterable[str]) -> set[str]:
+        return {name for name in names if not any(fnmatchcase(name, p) for p in allowed)}
+
     complaints: list[str] = []
-    if missing := shapes.keys() - weights.names:
+    if missing := matter(shapes.keys() - weights.names):
         complaints.append(f"the files lack {list_names(missing)}")
     needed = {name for name in weights.names if key_map.from_hf(name) is not None}
-    if unexpected := needed - shapes.keys():
+    if unexpected := matter(needed - shapes.keys()):
         complaints.append(f"the model has no place for {list_names(unexpected)}")
     for name in sorted(shapes.keys() & set(weights.names)):
         if (stored := weights.shape(name)) != shapes[name]:

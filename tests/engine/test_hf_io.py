@@ -165,6 +165,30 @@ def test_missing_and_unexpected_tensors_are_fatal_and_listed(tmp_path: Path) -> 
         load(tmp_path)
 
 
+def test_names_that_match_an_allowed_pattern_may_be_missing_or_left_over(
+    ranks, tmp_path: Path
+) -> None:
+    tensors = hf_folder(tmp_path, TP2)
+    tensors["extra.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    for kept, loaded in ranks(2, _load_allowed, tmp_path):
+        assert kept and loaded
+    with pytest.raises(ValueError, match=r"no place for extra\.weight"):
+        load(tmp_path, TP2)
+
+
+def _load_allowed(rank: int, world_size: int, folder: Path) -> tuple[bool, bool]:
+    state, _ = start(TP2)
+    before = gathered(state)
+    allowed = ("extra.*", "model.layers.*.mlp.up_proj.weight")
+    hf_io.load_into(state.model, folder, assets(TP2).key_map, allowed=allowed)
+    after = gathered(state)
+    missing, present = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
+    return torch.equal(before[missing], after[missing]), not torch.equal(
+        before[present], after[present]
+    )
+
+
 def test_known_tables_without_parameters_are_passed_over(tmp_path: Path) -> None:
     tensors = hf_folder(tmp_path, ONE)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)

@@ -34,6 +34,8 @@ class RaggedRows:
     def row(self, index: int) -> Row:
         generator = torch.Generator().manual_seed(index)
         tokens = torch.randint(self.vocab_size, (SEQ_LEN,), generator=generator)
+        for place in range(1, SEQ_LEN):  # one of four tokens follows, so there is much to learn
+            tokens[place] = (3 * tokens[place - 1] + tokens[place] % 4) % self.vocab_size
         labels = tokens.roll(-1)
         first = 3 + index % 9
         labels[first - 1] = labels[-1] = IGNORED_LABEL
@@ -48,7 +50,12 @@ class RaggedRows:
 
 
 def make_trainer(
-    case: Case, *, local_batch_size: int, action: str = "stop", frozen: tuple[str, ...] = ()
+    case: Case,
+    *,
+    local_batch_size: int,
+    action: str = "stop",
+    frozen: tuple[str, ...] = (),
+    optimizer: OptimizerConfig = SMOOTH,
 ) -> Trainer:
     """Build the trainer of one rank; a step has the same rows on any layout."""
     model, dims = build_case(case, frozen=frozen)
@@ -63,7 +70,7 @@ def make_trainer(
     )
     return Trainer(
         model=model,
-        optimizer=build_optimizer(model.named_parameters(), SMOOTH),
+        optimizer=build_optimizer(model.named_parameters(), optimizer),
         objective=build_pretrain(),
         batches=batches,
         nonfinite=NonFinitePolicy(action, gather=lambda text: [text]),  # pyright: ignore[reportArgumentType]
