@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +68,28 @@ def test_a_hung_worker_fails_its_test_in_time_and_the_pool_goes_on(ranks: RankPo
         ranks(2, hangs_on_rank_one, timeout_seconds=1.5)
     assert time.monotonic() - started < 20
     assert ranks(2, rank_sum, 0) == [1, 1]
+
+
+def crash_until(rank: int, world_size: int, marker: Path, times: int) -> int:
+    before = int(marker.read_text()) if marker.exists() else 0
+    if rank == 1 and before < times:
+        marker.write_text(str(before + 1))
+        os.abort()
+    return before
+
+
+def test_a_crash_in_native_code_is_tried_once_more_with_a_warning(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match="crashed in native code"):
+        assert rank_pool(2, crash_until, tmp_path / "once", 1)[1] == 1
+
+
+def test_a_crash_in_native_code_that_comes_back_is_a_failure(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    with (
+        pytest.warns(UserWarning, match="crashed in native code"),
+        pytest.raises(RankFailure, match="exit code -6"),
+    ):
+        rank_pool(2, crash_until, tmp_path / "always", 9)
