@@ -17,7 +17,7 @@ from engine.evaluate import Validation, evaluate
 from engine.health import GarbageCollector, SignalWatcher
 from engine.logging import Output, environment_report, start_logging
 from engine.profiling import Profiler
-from engine.run_folder import Difference, RunFolder
+from engine.run_folder import Difference, RunFolder, unwritable
 from engine.schedule import lr_factor, set_learning_rate, shortening
 from engine.schema import flatten
 from engine.step import train_step
@@ -89,10 +89,7 @@ def _open_output(config: JobConfig, folder: RunFolder) -> Output:
             use_color=not config.metrics.disable_color_printing,
         )
     except OSError as error:
-        raise ValueError(
-            f"job.dump_folder = {config.job.dump_folder!r} cannot be written to "
-            f"({error.strerror}); give a folder that can"
-        ) from error
+        raise unwritable(config, error) from error
 
 
 def _open_folder(config: JobConfig, folder: RunFolder, differences: list[Difference]) -> None:

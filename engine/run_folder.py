@@ -179,10 +179,15 @@ class RunFolder:
                 is_json = copy.suffix == ".json"
                 _replace(copy, json.dumps(nested(values), indent=1) if is_json else text)
         except OSError as error:
-            raise ValueError(
-                f"job.dump_folder = {config.job.dump_folder!r} cannot be written to "
-                f"({error.strerror}); give a folder that can"
-            ) from error
+            raise unwritable(config, error) from error
+
+
+def unwritable(config: "JobConfig", error: OSError) -> ValueError:
+    """Return the mistake of a run folder that this process may not write to."""
+    return ValueError(
+        f"job.dump_folder = {config.job.dump_folder!r} cannot be written to "
+        f"({error.strerror}); give a folder that can"
+    )
 
 
 def resolved(config: "JobConfig", world_size: int) -> dict[str, Any]:
