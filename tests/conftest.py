@@ -6,6 +6,8 @@ import os
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A failed compilation would name every native frame of its stack, for minutes.
+os.environ.setdefault("TORCH_DISABLE_ADDR2LINE", "1")
 # Each rank would start a pool of compilers, and they would compile the same kernels.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 

@@ -6,6 +6,7 @@ A worker that raises, dies or hangs fails its test; the pool is forked anew for 
 """
 
 import ctypes
+import gc
 import logging
 import multiprocessing
 import os
@@ -16,7 +17,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,9 +27,6 @@ from typing import Any
 
 import pytest
 
-NATIVE_CRASHES = tuple(
-    f"exit code {-int(n)}" for n in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
-)
 DEFAULT_TIMEOUT_SECONDS = 120.0
 GRACE_AFTER_FIRST_FAILURE_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -79,6 +76,7 @@ def _serve(pipe: Connection, path: list[str]) -> None:
     torch.set_num_threads(1)
     # Gathering a parameter to compare it is slow and says so, once a rank.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    gc.freeze()  # a collection after each call then looks at little
     while True:
         try:
             message = pipe.recv_bytes()
@@ -110,21 +108,36 @@ def _run(task: Task) -> Any:
         timeout=timedelta(seconds=task.timeout_seconds),
     )
     try:
-        return task.function(task.rank, task.world_size, *task.args)
+        result = task.function(task.rank, task.world_size, *task.args)
+        if dist.is_initialized():
+            dist.barrier()  # a peer may still be connecting, and would see its connection closed
+        return result
     finally:
+        _forget_meshes()
         if dist.is_initialized():
             dist.destroy_process_group()
-        _forget_compiled_state()
+        gc.collect()
 
 
-def _forget_compiled_state() -> None:
-    """Drop caches that would hand the next case a mesh whose process groups are gone."""
+def _forget_meshes() -> None:
+    """Drop every reference to the meshes of a call, so that its process groups end with it.
+
+    Otherwise caches would hand the next case a mesh whose groups are gone, and keep the groups'
+    threads: fifty groups were alive in one worker, to be freed at any later moment.
+    """
     import torch
-    from torch.distributed.tensor import debug
+    from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
     torch._dynamo.reset()
-    for name in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
-        getattr(debug, name, lambda: None)()
+    debug._clear_sharding_prop_cache()
+    for owner, name in (
+        (debug, "_clear_fast_path_sharding_prop_cache"),  # not in every torch
+        (_redistribute, "clear_redistribute_planner_cache"),
+    ):
+        getattr(owner, name, lambda: None)()
+    _redistribute._gen_transform_infos.cache_clear()
+    _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
+    gc.collect()  # models and their graphs, which then let go of meshes
 
 
 @dataclass
@@ -146,28 +159,8 @@ class RankPool:
 
         The function must be importable (module level), arguments and results picklable. Inside,
         the default process group is ready. A failure on any rank raises `RankFailure` with that
-        rank's traceback. A crash in native code is tried once more, with a warning.
+        rank's traceback.
         """
-        failures: dict[int, str] = {}
-        for _ in range(2):
-            results, failures = self._call(world_size, function, args, timeout_seconds)
-            if not failures:
-                return [results[rank] for rank in range(world_size)]
-            # Seen once, under load: glibc found its heap damaged while groups of torch 2.13's gloo
-            # came and went; the same calls under glibc's own heap checks show nothing.
-            if not any(text.endswith(NATIVE_CRASHES) for text in failures.values()):
-                break
-            warnings.warn(f"a worker crashed in native code: {failures}", stacklevel=2)
-        raise RankFailure("\n".join(failures.values()))  # the first to fail is the cause
-
-    def _call(
-        self,
-        world_size: int,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        timeout_seconds: float,
-    ) -> tuple[dict[int, Any], dict[int, str]]:
-        """Run once; return results and failures by rank, and discard the workers of a failure."""
         self._grow(world_size)
         self.calls += 1
         workers = self.workers[:world_size]
@@ -179,7 +172,8 @@ class RankPool:
         results, failures = self._collect(workers, timeout_seconds)
         if failures:
             self._discard(workers)
-        return results, failures
+            raise RankFailure("\n".join(failures.values()))  # the first to fail is the cause
+        return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
         """End every worker and remove the rendezvous files."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.parity.cases import Case, run_case
 from tests.ranks import RankFailure, RankPool
 
 
@@ -70,26 +71,14 @@ def test_a_hung_worker_fails_its_test_in_time_and_the_pool_goes_on(ranks: RankPo
     assert ranks(2, rank_sum, 0) == [1, 1]
 
 
-def crash_until(rank: int, world_size: int, marker: Path, times: int) -> int:
-    before = int(marker.read_text()) if marker.exists() else 0
-    if rank == 1 and before < times:
-        marker.write_text(str(before + 1))
-        os.abort()
-    return before
+def live_groups(rank: int, world_size: int) -> int:
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return names.count("gloo_tcp_loop")
 
 
-def test_a_crash_in_native_code_is_tried_once_more_with_a_warning(
-    rank_pool: RankPool, tmp_path: Path
-) -> None:
-    with pytest.warns(UserWarning, match="crashed in native code"):
-        assert rank_pool(2, crash_until, tmp_path / "once", 1)[1] == 1
-
-
-def test_a_crash_in_native_code_that_comes_back_is_a_failure(
-    rank_pool: RankPool, tmp_path: Path
-) -> None:
-    with (
-        pytest.warns(UserWarning, match="crashed in native code"),
-        pytest.raises(RankFailure, match="exit code -6"),
-    ):
-        rank_pool(2, crash_until, tmp_path / "always", 9)
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are named in /proc")
+def test_process_groups_end_with_the_call_that_made_them(ranks: RankPool) -> None:
+    assert ranks(2, live_groups) == [1, 1]
+    for case in (Case(tp=2), Case(replicate=2, backend="aot_eager")):
+        ranks(2, run_case, case)
+        assert ranks(2, live_groups) == [1, 1]

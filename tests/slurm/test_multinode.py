@@ -103,5 +103,6 @@ def start_now(cluster: Cluster, job: str) -> bool:
     """Whether the job runs; spares a requeued one the two minutes that SLURM holds it back."""
     state = cluster.job(job)["JobState"]
     if state == "PENDING":
-        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        # Refused where the job starts between these two commands.
+        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", may_fail=True)
     return state in ("RUNNING", "COMPLETING", *ENDED)
