@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from engine.checkpoint import Checkpointer, TrainingState
 from engine.checkpoint_storage import RankGroup
@@ -80,6 +81,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
         compile=config.compile,
         frozen=config.model.freeze,
     )
+    _log_frozen(model)
     materialise(model, "cpu" if config.training.enable_cpu_offload else world.device)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     state = TrainingState(
@@ -118,6 +120,12 @@ def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture)
         training.seq_len,
         f"{rows * training.seq_len:,}",
     )
+
+
+def _log_frozen(model: nn.Module) -> None:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    if frozen := sum(size for size, is_trained in sizes if not is_trained):
+        log.info("frozen: %s of %s parameters", f"{frozen:,}", f"{sum(n for n, _ in sizes):,}")
 
 
 def open_tokenizer(config: JobConfig) -> Tokenizer:

@@ -43,7 +43,9 @@ class ModelConfig:
     """Attention backend; auto takes flex on CUDA and sdpa elsewhere."""
 
     freeze: list[str] = field(default_factory=list[str])
-    """Parameter name patterns (`*` within one dot-separated part) that are not trained."""
+    """What is not trained: names of parameters or modules (`*` within one dot-separated part),
+    `regex:` and an expression for whole parameter names, or `blocks:bottom:n`, `blocks:top:n` or
+    `blocks:interweave:n` (all but every n-th block)."""
 
     @property
     def tokenizer_folder(self) -> str:

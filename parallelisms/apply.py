@@ -17,10 +17,11 @@ from parallelisms.compile import (
     compiled,
     overlap_tensor_parallel,
 )
+from parallelisms.freeze import trainable_names
 from parallelisms.fsdp import PrecisionConfig, apply_fsdp
 from parallelisms.materialise import tie
 from parallelisms.mesh import ParallelConfig, ParallelDims
-from parallelisms.resolve import ResolvedPlan, match_or_raise, resolve
+from parallelisms.resolve import ResolvedPlan, resolve
 from parallelisms.tensor import apply_tensor
 
 
@@ -37,8 +38,8 @@ def parallelize(
 ) -> ResolvedPlan:
     """Apply every parallelism that the configuration asks for to a meta model, in place.
 
-    `frozen` holds patterns of parameter names that are not trained. Every rank must call this
-    with the same arguments; `dims` has its meshes.
+    `frozen` says what is not trained, as `model.freeze` does. Every rank must call this with the
+    same arguments; `dims` has its meshes.
 
     The order matters: tensor parallelism first, because the others wrap what it makes; ties and
     frozen parameters after it, because its styles undo both; checkpointing before FSDP, so that
@@ -47,7 +48,7 @@ def parallelize(
     check(parallel, activation_checkpoint, compile, dims)
     resolved = resolve(model, plan, dims)
     model.to(precision.master_dtype)
-    trainable = _trainable_names(model, frozen)
+    trainable = trainable_names(model, frozen, resolved.blocks)
     if dims.tp > 1:
         apply_tensor(
             model,
@@ -98,12 +99,6 @@ def check(
         reason = "it needs CUDA devices that reach each other's memory"
     if reason is not None:
         raise ValueError(f"parallelism.enable_async_tensor_parallel = true cannot work: {reason}")
-
-
-def _trainable_names(model: nn.Module, frozen: Sequence[str]) -> set[str]:
-    named = dict(model.named_parameters())
-    stopped = {n for p in frozen for n in match_or_raise(list(named), p, "frozen pattern")}
-    return {name for name, p in named.items() if p.requires_grad and name not in stopped}
 
 
 def _wrap_blocks(

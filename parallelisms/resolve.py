@@ -82,10 +82,15 @@ def match_or_raise(names: Sequence[str], pattern: str, what: str) -> list[str]:
     """Return what `match` finds; ValueError with the nearest names if that is nothing."""
     found = match(names, pattern)
     if not found:
-        nearest = get_close_matches(pattern, names, n=3, cutoff=0.3)
-        hint = f"; the nearest names are {', '.join(nearest)}" if nearest else ""
+        hint = nearest_names(pattern, names)
         raise ValueError(f"{what} {pattern!r} matches nothing in the model{hint}")
     return found
+
+
+def nearest_names(pattern: str, names: Sequence[str]) -> str:
+    """Return the end of an error that names what `pattern` may have meant."""
+    nearest = get_close_matches(pattern, names, n=3, cutoff=0.3)
+    return f"; the nearest names are {', '.join(nearest)}" if nearest else ""
 
 
 def resolve(model: nn.Module, plan: ModelPlan, dims: ParallelDims) -> ResolvedPlan:

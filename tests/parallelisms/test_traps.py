@@ -83,7 +83,7 @@ def frozen_typo(rank: int, world_size: int) -> None:
 
 
 def test_a_frozen_pattern_without_a_match_is_an_error(ranks: RankPool) -> None:
-    with pytest.raises(RankFailure, match=r"frozen pattern 'model\.embed\.weight' matches nothing"):
+    with pytest.raises(RankFailure, match=r"freeze pattern 'model\.embed\.weight' matches nothing"):
         ranks(1, frozen_typo)
 
 
