@@ -37,7 +37,7 @@ class ModelConfig:
     """Model rewrites by name, such as float8."""
 
     print_after_conversion: bool = False
-    """Print the model after the converters have run."""
+    """Print the model after the converters have run; without one it does nothing."""
 
     attention: Literal["auto", "eager", "sdpa", "flex"] = "auto"
     """Attention backend; auto takes flex on CUDA and sdpa elsewhere."""

@@ -74,6 +74,12 @@ class ActivationCheckpointConfig:
                 f"activation_checkpoint.determinism_check = {self.determinism_check!r}; "
                 'use "default" or "none"'
             )
+        if self.debug and self.is_per_operation:
+            raise ValueError(
+                'activation_checkpoint.debug = true with selective_ac_option = "op": torch can '
+                "report recomputed operations or choose among them, not both; set debug to false, "
+                'or activation_checkpoint.mode = "full" while you look'
+            )
 
     @property
     def is_per_operation(self) -> bool:

@@ -1,6 +1,8 @@
-"""The real configuration: every key, its default, its consumer, and files of torchtitan 0.2."""
+"""The real configuration: every key, its default, and files of torchtitan 0.2.
 
-import ast
+What each key does is shown in `test_keys_reach_their_consumers.py`.
+"""
+
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,6 @@ from engine.cli import load_config, to_toml
 from engine.config import JobConfig, check
 from engine.schema import Leaf, flatten, leaves, value_of
 
-REPOSITORY = Path(__file__).parents[2]
 TITAN_FILES = Path(__file__).parent / "titan_files"
 SCHEMA = leaves(JobConfig)
 
@@ -125,31 +126,6 @@ def test_every_key_arrives_from_the_command_line(key: str):
     assert value is None or arrived == value
     others = {k for k, v in flatten(config).items() if v != SCHEMA[k].default}
     assert others - {key} <= {word[2:].partition("=")[0] for word in extra}
-
-
-def _attributes_read() -> set[str]:
-    """Return every attribute name that our code reads outside of a section's own checks."""
-    found: set[str] = set()
-    for package in ("engine", "models", "parallelisms"):
-        for path in (REPOSITORY / package).rglob("*.py"):
-            tree = ast.parse(path.read_text())
-            checks = [
-                n for n in ast.walk(tree)
-                if isinstance(n, ast.FunctionDef) and n.name == "__post_init__"
-            ]  # fmt: skip
-            ignored = {id(inner) for check in checks for inner in ast.walk(check)}
-            found |= {
-                n.attr for n in ast.walk(tree)
-                if isinstance(n, ast.Attribute) and id(n) not in ignored
-            }  # fmt: skip
-    return found
-
-
-def test_every_key_has_a_consumer_or_is_listed_as_having_none():
-    read = _attributes_read()
-    by_name_only = {"job.config_file", "job.custom_config_module"}  # cli.py reads these as text
-    silent = {key for key in SCHEMA if key.rpartition(".")[2] not in read}
-    assert silent - by_name_only - REFUSED == set(titan.WITHOUT_EFFECT)
 
 
 def test_a_resolved_configuration_loads_to_the_same_one(tmp_path: Path):

@@ -154,3 +154,10 @@ def test_a_wrong_value_is_refused_by_name(key: str, value: Any) -> None:
     options: dict[str, Any] = {key: value}
     with pytest.raises(ValueError, match=rf"activation_checkpoint\.{key} = "):
         ActivationCheckpointConfig(**options)
+
+
+def test_a_choice_by_operation_cannot_be_debugged() -> None:
+    with pytest.raises(ValueError, match=r'debug = true with selective_ac_option = "op"'):
+        ActivationCheckpointConfig(debug=True, selective_ac_option="op")
+    ActivationCheckpointConfig(debug=True, mode="full", selective_ac_option="op")
+    ActivationCheckpointConfig(debug=True)

@@ -1,0 +1,322 @@
+"""The table of configuration keys: another value for each, the run that shows it, its consumer.
+
+`{folder}` in a value is the folder in which the runs' data lies and their files go. A run's rows
+are its command line.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One key that has an effect."""
+
+    value: Any
+    """Other than the default."""
+
+    reader: str
+    """`file:function` that reads the value to act on it."""
+
+
+def rows(reader: str, **values: Any) -> dict[str, Row]:
+    """Return the rows of keys with one consumer; `__` stands for the dot between key parts."""
+    names = {name.replace("__", "."): value for name, value in values.items()}
+    return {name: Row(value=value, reader=reader) for name, value in names.items()}
+
+
+SCHEDULE, OPTIMIZER = "engine/schedule.py:", "engine/optim.py:"
+LOOP, BUILD = "engine/loop.py:", "engine/build.py:"
+CHECKPOINT, MODEL = "engine/checkpoint.py:", "engine/model.py:"
+OPEN_ROWS, OPEN_PACKING = "engine/data/sources.py:open_rows", "engine/data/sources.py:_open_packing"
+LOADER, PROFILING = "engine/data/loader.py:_batches", "engine/profiling.py:"
+CHECKPOINTED = "parallelisms/activation_checkpoint.py:checkpointed"
+MESH, APPLY = "parallelisms/mesh.py:ParallelDims.of", "parallelisms/apply.py:parallelize"
+
+TRAIN = {
+    **rows("engine/cli.py:load_config", job__print_config=True),
+    **rows("engine/run_folder.py:RunFolder.of", job__dump_folder="{folder}/run"),
+    **rows("engine/run_folder.py:RunFolder.of", checkpoint__folder="saved"),
+    **rows("engine/run_folder.py:RunFolder.write_config", job__save_config_file="copy.json"),
+    **rows(f"{LOOP}_open_folder", job__description="all keys at once"),
+    **rows(f"{LOOP}fit", job__device="cpu"),
+    **rows(f"{LOOP}_open_output", metrics__disable_color_printing=True),
+    **rows(f"{LOOP}_train", training__steps=6, training__gc_freq=2),
+    **rows(f"{LOOP}_take_step", metrics__log_freq=4),
+    **rows(
+        "engine/trackers.py:build_trackers",
+        metrics__enable_tensorboard=True,
+        metrics__save_tb_folder="curves",
+    ),
+    **rows(f"{PROFILING}Profiler.__init__", profiling__enable_profiling=True),
+    **rows(f"{PROFILING}Profiler._write_trace", profiling__save_traces_folder="seen"),
+    **rows(
+        f"{PROFILING}_trace_recorder",
+        profiling__profile_freq=3,
+        profiling__profiler_active=2,
+        profiling__profiler_warmup=1,
+    ),
+    **rows(
+        f"{MODEL}find_architecture",
+        model__name="tests.engine.own_parts",
+        model__flavor="tiny",
+        model__hf_assets_path="{folder}/assets",
+    ),
+    **rows(f"{BUILD}open_tokenizer", model__tokenizer_path="{folder}/tokenizer"),
+    **rows(f"{MODEL}choose_backend", model__attention="eager"),
+    **rows(f"{BUILD}build", model__freeze=["model.layers.0.mlp.*.weight"]),
+    **rows(f"{BUILD}build", training__enable_cpu_offload=True),
+    **rows(f"{BUILD}precision_of", training__dtype="bfloat16"),
+    **rows(f"{BUILD}precision_of", training__mixed_precision_reduce="bfloat16"),
+    **rows(f"{BUILD}_build_trainer", objective__name="tests.engine.own_parts"),
+    **rows(
+        f"{OPTIMIZER}build_optimizer",
+        optimizer__name="Adam",
+        optimizer__lr=0.003,
+        optimizer__beta1=0.8,
+        optimizer__beta2=0.9,
+        optimizer__eps=1e-6,
+        optimizer__weight_decay=0.02,
+        optimizer__implementation="for-loop",
+    ),
+    **rows(
+        f"{SCHEDULE}phases",
+        lr_scheduler__warmup_steps=2,
+        lr_scheduler__total_steps=5,
+        lr_scheduler__decay_ratio=0.5,
+    ),
+    **rows(
+        f"{SCHEDULE}lr_factor", lr_scheduler__decay_type="cosine", lr_scheduler__min_lr_factor=0.25
+    ),
+    **rows(
+        f"{BUILD}_open_training_rows",
+        training__dataset="jsonl",
+        training__dataset_path="{folder}/train.jsonl",
+        training__seq_len=24,
+    ),
+    **rows(
+        f"{BUILD}_build_trainer",
+        training__local_batch_size=2,
+        training__global_batch_size=4,
+        training__max_norm=0.05,
+        training__on_nonfinite="skip",
+    ),
+    **rows(
+        LOADER,
+        training__dataloader__num_workers=1,
+        training__dataloader__pin_memory=True,
+        training__dataloader__prefetch_factor=3,
+        validation__dataloader__num_workers=2,
+        validation__dataloader__pin_memory=True,
+        validation__dataloader__prefetch_factor=4,
+    ),
+    **rows(
+        OPEN_ROWS,
+        data__format="own",
+        data__text_field="body",
+        data__bos=False,
+        data__eos=False,
+        data__on_bad_record="skip",
+        data__cache_folder="{folder}/cache",
+        data__num_processes=3,
+    ),
+    **rows(OPEN_PACKING, data__stride=12, data__last_row="drop"),
+    **rows("parallelisms/mesh.py:ParallelDims.of", parallelism__data_parallel_shard_degree=1),
+    **rows(APPLY, parallelism__fsdp_reshard_after_forward="never"),
+    **rows(
+        f"{CHECKPOINT}Checkpointer.should_save",
+        checkpoint__enable=True,
+        checkpoint__interval=2,
+        checkpoint__enable_first_step_checkpoint=True,
+    ),
+    **rows(
+        f"{CHECKPOINT}Checkpointer.save",
+        checkpoint__async_mode="async",
+        checkpoint__last_save_model_only=False,
+        checkpoint__last_save_in_hf=True,
+    ),
+    **rows(f"{CHECKPOINT}Checkpointer._retire", checkpoint__keep_latest_k=2),
+    **rows(f"{CHECKPOINT}Checkpointer._export", checkpoint__export_dtype="bfloat16"),
+    **rows(
+        "parallelisms/activation_checkpoint.py:_recomputed_shapes",
+        activation_checkpoint__per_op_sac_force_recompute_mm_shapes_by_fqns=["mlp.up_proj"],
+    ),
+    **rows(
+        CHECKPOINTED,
+        activation_checkpoint__selective_ac_option="op",
+        activation_checkpoint__early_stop=True,
+        activation_checkpoint__preserve_rng_state=False,
+        activation_checkpoint__determinism_check="none",
+    ),
+    **rows("engine/distributed.py:process_group", comm__init_timeout_seconds=250),
+    **rows("engine/distributed.py:shorten_timeouts", comm__train_timeout_seconds=60),
+    **rows("engine/cli.py:load_config", experimental__custom_import="tests.engine.own_parts"),
+    **rows(f"{LOOP}_should_validate", validation__enable=True, validation__freq=3),
+    **rows(
+        f"{BUILD}_validation_batches",
+        validation__dataset="jsonl",
+        validation__dataset_path="{folder}/validation.jsonl",
+        validation__seq_len=20,
+    ),
+    **rows(
+        f"{BUILD}_validation_batches",
+        validation__local_batch_size=3,
+        validation__steps=2,
+    ),
+    **rows(
+        "engine/distributed.py:seed_everything",
+        debug__seed=7,
+        debug__deterministic=True,
+        debug__deterministic_warn_only=True,
+    ),
+}
+"""One run with nearly everything on."""
+
+RESUME = {
+    **rows(f"{CHECKPOINT}Checkpointer.find", checkpoint__load_step=4, checkpoint__load_only=True),
+    **rows(f"{CHECKPOINT}Checkpointer.load", checkpoint__exclude_from_loading=["rng"]),
+}
+"""The same from the middle."""
+
+VALIDATE = {**rows(f"{LOOP}fit", validation__only=True)}
+"""The same, to look at what it trained."""
+
+ON_FROM = {
+    **rows(
+        f"{CHECKPOINT}Checkpointer.find",
+        checkpoint__initial_load_path="{folder}/run/saved/step-4",
+        checkpoint__initial_load_model_only=False,
+    ),
+    **rows(f"{LOOP}_train", training__gc_debug=True),
+    **rows("parallelisms/apply.py:_wrap_blocks", activation_checkpoint__mode="full"),
+    **rows(CHECKPOINTED, activation_checkpoint__debug=True),
+    **rows("engine/trackers.py:build_trackers", metrics__enable_wandb=True),
+}
+"""Another run that goes on from the first one's checkpoint."""
+
+FROM_HF = {
+    **rows(f"{CHECKPOINT}Checkpointer.find", checkpoint__initial_load_in_hf=True),
+    **rows(f"{CHECKPOINT}Checkpointer.load", checkpoint__initial_load_allow=["model.norm.weight"]),
+    **rows(f"{LOOP}fit", checkpoint__create_seed_checkpoint=True),
+    **rows(f"{BUILD}precision_of", training__mixed_precision_param="float32"),
+    **rows(OPEN_PACKING, data__packing="none", data__long_document="drop"),
+}
+"""A start from the first one's export."""
+
+COMPILED = {
+    **rows(OPEN_ROWS, data__dummy_tokens=4096),
+    **rows(
+        "parallelisms/apply.py:_wrap_blocks", compile__enable=True, compile__components=["model"]
+    ),
+    **rows("parallelisms/compile.py:compiled", compile__backend="eager"),
+    **rows(
+        "parallelisms/activation_checkpoint.py:set_memory_budget",
+        activation_checkpoint__memory_budget=0.25,
+        activation_checkpoint__visualize_memory_budget_pareto=True,
+    ),
+}
+"""A step of random tokens under the compiler, for which a function stands in."""
+
+LAID_OUT = {
+    **rows(
+        MESH,
+        parallelism__data_parallel_replicate_degree=2,
+        parallelism__tensor_parallel_degree=2,
+    ),
+    **rows(APPLY, parallelism__sequence_parallel=False, parallelism__disable_loss_parallel=True),
+}
+"""The model laid out for the first of eight ranks."""
+
+OVERLAPPED = {**rows(APPLY, parallelism__enable_async_tensor_parallel=True)}
+"""The same for two ranks that have GPUs."""
+
+ON_CUDA = {
+    **rows(
+        "engine/distributed.py:_record_collectives",
+        comm__trace_buf_size=500,
+        comm__save_traces_folder="flights",
+        comm__save_traces_file_prefix="of_rank_",
+    ),
+    **rows(f"{PROFILING}Profiler.__init__", profiling__enable_memory_snapshot=True),
+    **rows(f"{PROFILING}Profiler._write_snapshot", profiling__save_memory_snapshot_folder="held"),
+    **rows("engine/trackers.py:build_trackers", metrics__save_for_all_ranks=True),
+}
+"""Parts of a run that only GPUs or a second rank take."""
+
+RUNS = {
+    "train": TRAIN,
+    "resume": RESUME,
+    "validate": VALIDATE,
+    "on_from": ON_FROM,
+    "from_hf": FROM_HF,
+    "compiled": COMPILED,
+    "laid_out": LAID_OUT,
+    "overlapped": OVERLAPPED,
+    "on_cuda": ON_CUDA,
+}
+
+READ_AS_TEXT = {"job.config_file", "job.custom_config_module"}
+"""Keys that `engine/cli.py` needs before there is a configuration."""
+
+REFUSED = {
+    "comm.mode": "fake_backend",
+    "experimental.custom_args_module": "own",
+    "optimizer.early_step_in_backward": True,
+    "parallelism.pipeline_parallel_degree": 2,
+    "parallelism.context_parallel_degree": 2,
+    "parallelism.expert_parallel_degree": 2,
+    "parallelism.expert_tensor_parallel_degree": 2,
+    "checkpoint.initial_load_in_hf_quantized": True,
+    "model.converters": ["float8"],
+    "memory_estimation.enable": True,
+    "fault_tolerance.enable": True,
+}
+"""Keys of which every other value is a mistake."""
+
+WITHOUT_EFFECT = {
+    "no effect at pipeline degree 1": [
+        "parallelism.module_fqns_per_model_part",
+        "parallelism.pipeline_parallel_first_stage_less_layers",
+        "parallelism.pipeline_parallel_last_stage_less_layers",
+        "parallelism.pipeline_parallel_layers_per_stage",
+        "parallelism.pipeline_parallel_schedule",
+        "parallelism.pipeline_parallel_schedule_csv",
+        "parallelism.pipeline_parallel_microbatch_size",
+        "parallelism.pipeline_parallel_expert_parallel_overlap",
+    ],
+    "no effect at context-parallel degree 1": [
+        "parallelism.context_parallel_load_balancer",
+        "parallelism.context_parallel_rotate_method",
+    ],
+    "no effect at expert-parallel degree 1": ["parallelism.expert_parallel_comm_backend"],
+    "without the converter it does nothing": [
+        "quantize.linear.float8.enable_fsdp_float8_all_gather",
+        "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+        "quantize.linear.float8.recipe_name",
+        "quantize.linear.float8.filter_fqns",
+        "quantize.linear.float8.emulate",
+        "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",
+        "quantize.linear.mx.recipe_name",
+        "quantize.linear.mx.filter_fqns",
+        "quantize.grouped_mm.float8.fqns",
+        "quantize.grouped_mm.mx.recipe_name",
+        "quantize.grouped_mm.mx.fqns",
+    ],
+    "without one it does nothing": ["model.print_after_conversion"],
+    "does nothing while `enable` is false": [
+        "memory_estimation.disable_fake_mode",
+        "fault_tolerance.process_group",
+        "fault_tolerance.process_group_timeout_ms",
+        "fault_tolerance.replica_id",
+        "fault_tolerance.group_size",
+        "fault_tolerance.min_replica_size",
+        "fault_tolerance.semi_sync_method",
+    ],
+    "accepted and ignored": ["checkpoint.enable_ft_dataloader_checkpoints"],
+    "accepted for files of torchtitan 0.2": [
+        "training.dataloader.persistent_workers",
+        "validation.dataloader.persistent_workers",
+    ],
+    "dense models ignore it": ["debug.moe_force_load_balance"],
+}
+"""Keys that nothing reads, by the words of their own sentence that say so."""
