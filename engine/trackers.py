@@ -118,7 +118,7 @@ class WeightsAndBiases:
             project=os.environ.get("WANDB_PROJECT", "tessera"),
             name=os.environ.get("WANDB_NAME", name),
             id=id_file.read_text().strip(),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=None if "WANDB_MODE" in os.environ else "offline",
             resume="allow",
             dir=str(folder),
             config=dict(settings),

@@ -1,10 +1,14 @@
+import importlib
 import json
 import logging
 import math
+import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -159,6 +163,37 @@ def test_weights_and_biases_is_offline_and_a_resume_keeps_its_id(tmp_path: Path,
     assert fake.inits[0]["config"] == {"optimizer": {"lr": 0.1}}
     assert fake.rows == [(1, {"loss": 2.0}), (2, {"loss": 2.0})]
     assert fake.num_finished == 2
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="the package wandb is not installed")
+def test_the_real_weights_and_biases_keeps_the_rows_in_an_offline_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):  # else in the user's home
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "wandb-own"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    opened = build_trackers(
+        MetricsConfig(enable_wandb=True),
+        tmp_path / "run",
+        rank=0,
+        total_steps=9,
+        settings={"optimizer.lr": 0.125},
+    )
+    try:
+        opened.write(3, {"loss": 2.0625, "mfu": None})
+    finally:
+        opened.close()
+        importlib.import_module("wandb").teardown()  # ends its service process
+    assert not [p for p in psutil.Process().children(recursive=True) if "wandb" in p.name()]
+    run_id = (tmp_path / "run" / "wandb-id").read_text()
+    [file] = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
+    content = file.read_bytes()
+    assert content.startswith(b":W&B")  # the header of a complete file, which `wandb sync` sends
+    for name, value in ((b"loss", b"2.0625"), (b"_step", b"3"), (b"optimizer.lr", b"0.125")):
+        assert re.search(re.escape(name) + b"..." + re.escape(value), content, re.DOTALL), name
+    assert b"mfu" not in content
 
 
 def test_an_absent_wandb_is_refused_with_the_remedy(tmp_path: Path, monkeypatch):
