@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from engine.checkpoint import Checkpointer, TrainingState
+from engine.checkpoint import CheckpointConfig, Checkpointer, TrainingState
 from engine.checkpoint_storage import RankGroup
 from engine.cli import to_toml
 from engine.combinations import check_combinations
@@ -210,8 +210,16 @@ def _build_checkpointer(
     dtype = getattr(torch, config.checkpoint.export_dtype)
     files = checkpoint_files(config_toml=to_toml(config), hf=assets, dtype=dtype, facts=facts)
     return Checkpointer(
-        config.checkpoint, folder.checkpoints, files=files, hf=assets, hf_folder=folder.hf
+        _checkpoint_section(config), folder.checkpoints, files=files, hf=assets, hf_folder=folder.hf
     )
+
+
+def _checkpoint_section(config: JobConfig) -> CheckpointConfig:
+    """Fill in where Hugging Face weights come from if no path says so, as torchtitan 0.2 does."""
+    section = config.checkpoint
+    if section.initial_load_in_hf and not section.initial_load_path:
+        return replace(section, initial_load_path=config.model.hf_assets_path)
+    return section
 
 
 def _agree_on_data(tokenizer: Tokenizer, rows: RowSource | None) -> None:
@@ -234,14 +242,18 @@ def _fill_weights(
     config: JobConfig, architecture: Architecture, checkpointer: Checkpointer, state: TrainingState
 ) -> None:
     """Give the parameters their values: from a checkpoint where there is one, else initial ones."""
-    if config.checkpoint.initial_load_path and not config.checkpoint.enable:
-        log.warning("checkpoint.initial_load_path has no effect: checkpoint.enable = false")
+    section = config.checkpoint
+    for key in ("initial_load_path", "initial_load_in_hf"):
+        if getattr(section, key) and not section.enable:
+            log.warning("checkpoint.%s has no effect: checkpoint.enable = false", key)
     source = checkpointer.find(only_model=config.validation.only)
-    if source is None or config.checkpoint.initial_load_allow:
+    if source is None or section.initial_load_allow:
         log.info("starting from initial values, seed %d", config.debug.effective_seed)
         draw = initial_values(state.model, architecture.config, seed=config.debug.effective_seed)
         fill(state.model, draw)
     if source is not None:
+        if source.kind == "hf" and not section.initial_load_path:
+            log.info("no checkpoint.initial_load_path: the weights are model.hf_assets_path's")
         checkpointer.load(state, source)
 
 

@@ -78,7 +78,8 @@ class CheckpointConfig:
     """Take only the parameters from initial_load_path, and start at step 0."""
 
     initial_load_in_hf: bool = False
-    """initial_load_path is a Hugging Face folder with safetensors files."""
+    """initial_load_path, or model.hf_assets_path without one, is a Hugging Face folder whose
+    safetensors files hold the weights."""
 
     initial_load_allow: list[str] = field(default_factory=list[str])
     """Patterns of names that a Hugging Face folder may lack (they start anew) or have too many."""
@@ -140,11 +141,6 @@ class CheckpointConfig:
             raise ValueError(
                 "checkpoint.initial_load_model_only = false with initial_load_in_hf: a Hugging "
                 "Face folder holds the model alone; set it to true"
-            )
-        if self.enable and self.initial_load_in_hf and not self.initial_load_path:
-            raise ValueError(
-                "checkpoint.initial_load_in_hf = true needs checkpoint.initial_load_path; give the "
-                "folder with config.json and safetensors files"
             )
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine import titan
+from engine.checkpoint_rules import CHECKPOINT_RULES
 from engine.rules import Facts, Rule, gather_facts
 from engine.schema import raise_mistakes
 from models.decoder import DecoderConfig
@@ -273,81 +274,6 @@ DATA_RULES = (
             "{f.decoder.vocab_size}"
         ),
         remedy="use the tokenizer that belongs to the model, or a model with a larger vocabulary",
-    ),
-)
-
-CHECKPOINT_RULES = (
-    Rule(
-        id="validation_of_weights_that_are_nowhere",
-        keys=("validation.only", "checkpoint.enable"),
-        applies=lambda f: f.config.validation.only and not f.config.checkpoint.enable,
-        reason="without checkpoints no weights are loaded, and initial values are not worth a look",
-        remedy="set checkpoint.enable = true",
-    ),
-    Rule(
-        id="seed_checkpoint_without_checkpoints",
-        keys=("checkpoint.create_seed_checkpoint", "checkpoint.enable"),
-        applies=lambda f: (
-            f.config.checkpoint.create_seed_checkpoint and not f.config.checkpoint.enable
-        ),
-        reason="nothing would be saved",
-        remedy="set checkpoint.enable = true",
-    ),
-    Rule(
-        id="seed_checkpoint_that_may_not_be_saved",
-        keys=("checkpoint.create_seed_checkpoint", "checkpoint.load_only"),
-        applies=lambda f: (
-            f.config.checkpoint.enable
-            and f.config.checkpoint.create_seed_checkpoint
-            and f.config.checkpoint.load_only
-        ),
-        reason="the one saves the initial state, the other forbids saving",
-        remedy="set one of them to false",
-    ),
-    Rule(
-        id="seed_checkpoint_from_a_run_that_only_validates",
-        keys=("checkpoint.create_seed_checkpoint", "validation.only"),
-        applies=lambda f: (
-            f.config.checkpoint.enable
-            and f.config.checkpoint.create_seed_checkpoint
-            and f.config.validation.only
-        ),
-        reason="both end the run before its first step, and only one can",
-        remedy="set one of them to false",
-    ),
-    Rule(
-        id="export_that_may_not_be_saved",
-        keys=("checkpoint.last_save_in_hf", "checkpoint.load_only"),
-        applies=lambda f: (
-            f.config.checkpoint.enable
-            and f.config.checkpoint.last_save_in_hf
-            and f.config.checkpoint.load_only
-        ),
-        reason="the one writes a folder after the last step, the other forbids saving",
-        remedy="set one of them to false",
-    ),
-    Rule(
-        id="resuming_past_the_last_step",
-        keys=("checkpoint.load_step", "training.steps"),
-        applies=lambda f: (
-            f.config.checkpoint.enable
-            and f.trains
-            and f.config.checkpoint.load_step > f.config.training.steps
-        ),
-        reason="the run would be over before it starts",
-        remedy="load an earlier step, or raise training.steps",
-    ),
-    Rule(
-        id="initial_checkpoint_that_does_not_exist",
-        keys=("checkpoint.initial_load_path",),
-        applies=lambda f: (
-            f.is_here
-            and f.config.checkpoint.enable
-            and bool(path := f.config.checkpoint.initial_load_path)
-            and not Path(path).is_dir()
-        ),
-        reason="there is no such folder",
-        remedy="give a checkpoint's or a Hugging Face folder, or leave it out to start anew",
     ),
 )
 

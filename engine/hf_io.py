@@ -73,6 +73,11 @@ def read_generation_config(folder: Path | str) -> dict[str, object]:
     return json.loads(path.read_text()) if folder and path.is_file() else {}
 
 
+def has_weights(folder: Path | str) -> bool:
+    """Say whether a folder holds safetensors weights, in one file or several."""
+    return any((Path(folder) / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+
+
 class HfWeights:
     """The tensors of a Hugging Face folder, one file or sharded, read slice by slice."""
 

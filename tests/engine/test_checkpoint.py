@@ -318,7 +318,6 @@ def test_an_initial_path_that_cannot_be_used_is_a_users_mistake(
         ({"keep_latest_k": -1}, r"checkpoint\.keep_latest_k = -1"),
         ({"load_step": -2}, r"checkpoint\.load_step = -2"),
         ({"exclude_from_loading": ["lr_scheduler"]}, r"names \['lr_scheduler'\].*train_state"),
-        ({"initial_load_in_hf": True}, r"needs checkpoint\.initial_load_path"),
         ({"initial_load_in_hf_quantized": True}, r"initial_load_in_hf_quantized = true"),
         (
             {
@@ -336,4 +335,4 @@ def test_a_setting_that_cannot_work_is_refused_by_name(values: dict, message: st
 
 
 def test_a_feature_that_is_off_accepts_its_keys() -> None:
-    assert not config(enable=False, initial_load_in_hf=True).enable
+    assert not config(enable=False, initial_load_in_hf_quantized=True).enable

@@ -185,6 +185,10 @@ CASES = {
         refused="checkpoint.enable checkpoint.initial_load_path=/no/such/folder",
         allowed="checkpoint.initial_load_path=/no/such/folder",
     ),
+    "weights_of_a_folder_that_holds_none": Case(
+        refused="checkpoint.enable checkpoint.initial_load_in_hf",
+        allowed="checkpoint.initial_load_in_hf",
+    ),
     "wandb_without_its_package": Case(
         refused="metrics.enable_wandb",
         allowed="metrics.enable_wandb",
