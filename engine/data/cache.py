@@ -21,6 +21,7 @@ MANIFEST = "complete.json"
 MEMO_THRESHOLD_BYTES = 16 << 20
 SETTLED_SECONDS = 2.0
 POLL_SECONDS = 0.1
+PATIENCE_SECONDS = 10.0
 REMIND_SECONDS = 15.0
 
 
@@ -59,18 +60,30 @@ def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> Path:
     """Return `folder`, filled by `build` in exactly one of all the processes that ask for it.
 
     `build` gets an empty temporary folder, which is synced and renamed when it returns. The other
-    processes wait and say so. A folder whose files have lost their size is built again.
+    processes wait and say so; of a machine's ranks it is the first that builds, so that its output
+    shows it. A folder whose files have lost their size is built again.
     """
     if _is_complete(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _leave_to_first_rank(folder, what)
         with locked(folder.with_name(folder.name + ".lock"), what):
             if not _is_complete(folder):
                 _build(folder, what, build)
     except OSError as error:
         raise _unusable(folder.parent, error) from error
     return folder
+
+
+def _leave_to_first_rank(folder: Path, what: str) -> None:
+    """Let the machine's first rank, if this is another, come first; the lock decides later on."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    log.info("the first rank of this machine is the one for %s", what)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not _is_complete(folder) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def open_rows(
     config: DataConfig,
     shuffle: bool,
 ) -> RowSource:
-    """Return the rows of a dataset; the first process to ask tokenises it, the others wait.
+    """Return the rows of a dataset; a machine's first rank tokenises it, the others wait.
 
     `dataset` is `python_stdlib` (the built-in corpus, split by a hash of each file's path),
     `dummy`, one of `text`, `jsonl` (or `json`) and `parquet`, whose `dataset_path` is a file, a
