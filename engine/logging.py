@@ -20,6 +20,9 @@ from torch.cuda import nccl
 
 LOGGER_NAME = "tessera"
 
+UNKNOWN = "unknown"
+"""Stands for what could not be found out."""
+
 ERASE_LINE = "\r\x1b[2K"
 DIM, YELLOW, RED, RESET = "\x1b[2m", "\x1b[33m", "\x1b[31m", "\x1b[0m"
 
@@ -222,19 +225,25 @@ def environment_report() -> dict[str, str]:
 
 
 def source_commit() -> str:
-    """Return the commit of the source tree, with `-dirty` if it was edited, or "unknown"."""
+    """Return the commit of the source tree, with `-dirty` if it was edited, or "unknown".
+
+    Where there is no git, as on a machine that a copy was carried to, TESSERA_COMMIT says it.
+    """
     root = str(Path(__file__).resolve().parent.parent)
-    return _first_line(
+    found = _first_line(
         "git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
     )
+    if found == UNKNOWN and (given := os.environ.get("TESSERA_COMMIT")):
+        return f"{given} (given by TESSERA_COMMIT)"
+    return found
 
 
 def _first_line(*command: str) -> str:
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return result.stdout.strip().partition("\n")[0] or "unknown"
+        return UNKNOWN
+    return result.stdout.strip().partition("\n")[0] or UNKNOWN
 
 
 def _package_version(name: str) -> str:

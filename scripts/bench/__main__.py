@@ -1,7 +1,9 @@
 """Measure training speed: `python -m scripts.bench run SUITE --out FILE.json`.
 
 Each row is its own `torchrun train.py`; the figures are medians over the steps after warm-up,
-read from the run's metrics.jsonl. The record names versions, device and command of every row.
+read from the run's metrics.jsonl. The record names versions, device and command of every row, and
+the commit: where the measuring machine has no git, put TESSERA_COMMIT=$(git rev-parse HEAD) of the
+machine that has it in front of the command.
 """
 
 import argparse

@@ -178,6 +178,20 @@ def test_the_environment_report_names_versions_devices_and_commit():
     assert all(value for value in report.values())
 
 
+def test_a_copy_without_git_takes_its_commit_as_given_and_says_so(monkeypatch):
+    monkeypatch.setenv("TESSERA_COMMIT", "abc123")
+    monkeypatch.setattr(engine_logging, "_first_line", lambda *command: "unknown")
+    assert source_commit() == "abc123 (given by TESSERA_COMMIT)"
+    monkeypatch.delenv("TESSERA_COMMIT")
+    assert source_commit() == "unknown"
+
+
+def test_the_commit_that_git_knows_wins_over_a_given_one(monkeypatch):
+    monkeypatch.setattr(engine_logging, "_first_line", lambda *command: "0123-dirty")
+    monkeypatch.setenv("TESSERA_COMMIT", "abc123")
+    assert source_commit() == "0123-dirty"
+
+
 def test_an_absent_package_or_command_is_reported_and_not_raised(monkeypatch):
     assert engine_logging._package_version("no-such-package-here") == "not installed"
     assert engine_logging._first_line("no-such-command-here") == "unknown"
