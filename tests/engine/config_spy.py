@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -48,7 +49,7 @@ class Spy:
 
     reads: list[Read] = field(default_factory=list[Read])
     calls: dict[str, list[dict[str, Any]]] = field(default_factory=dict[str, list[dict[str, Any]]])
-    """Arguments by name, and `return`, of each call of a recorded function, in order."""
+    """Arguments by name, `thread` and `return` of each call of a recorded function, in order."""
 
     def readers(self, config: JobConfig, key: str) -> dict[str, object]:
         """Return who read `key` of `config`, with the value last seen."""
@@ -79,6 +80,7 @@ class Spy:
             bound.apply_defaults()
             given = dict(bound.arguments)
             given |= given.get("kwargs", {})
+            given["thread"] = threading.current_thread().name
             calls.append(given)
             given["return"] = (instead or original)(*args, **kwargs)
             return given["return"]

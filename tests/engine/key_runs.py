@@ -41,10 +41,12 @@ Settings = dict[str, Any]
 RECORDED = (
     "engine.build.NonFinitePolicy",
     "engine.checkpoint.restore",
+    "engine.checkpoint.write_tensors",
     "engine.hf_io.load_into",
     "engine.build.load_tokenizer",
     "engine.data.loader.StatefulDataLoader",
     "engine.data.sources.ConcatPacking",
+    "engine.data.sources.DummyRows",
     "engine.data.sources.open_token_file",
     "engine.evaluate.model_inputs",
     "engine.loop.build",

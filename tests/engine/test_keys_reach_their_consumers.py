@@ -90,6 +90,9 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "metrics.enable_wandb": lambda s: len(s.spy.calls["init"]) == 1,
     "metrics.save_for_all_ranks": lambda s: (s.folder / "metrics-rank-1.jsonl").is_file(),
     "model.tokenizer_path": lambda s: s.last("load_tokenizer")["folder"],
+    "model.flavor": lambda s: (
+        "tiny" if vars(s.run.trainer.model)["config"].hidden_size == 16 else "other"
+    ),
     "model.attention": lambda s: vars(s.run.trainer.model)["config"].attention,
     "model.freeze": lambda s: (
         ["model.layers.0.mlp.*.weight"]
@@ -138,6 +141,7 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "data.num_processes": lambda s: s.last("open_token_file")["num_processes"],
     "data.stride": lambda s: s.last("ConcatPacking")["stride"],
     "data.last_row": lambda s: "keep" if s.last("ConcatPacking")["keep_last"] else "drop",
+    "data.dummy_tokens": lambda s: s.last("DummyRows")["num_tokens"],
     "parallelism.data_parallel_replicate_degree": lambda s: mesh_sizes(s)[0],
     "parallelism.tensor_parallel_degree": lambda s: s.last("apply_tensor")["mesh"].size(),
     "parallelism.sequence_parallel": lambda s: s.last("apply_tensor")["sequence_parallel"],
@@ -158,6 +162,11 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "checkpoint.last_save_in_hf": lambda s: (s.run.folder.hf / "config.json").is_file(),
     "checkpoint.export_dtype": lambda s: name_of(
         load_file(s.run.folder.hf / "model.safetensors")["model.norm.weight"].dtype
+    ),
+    "checkpoint.async_mode": lambda s: (
+        "async"
+        if all(name.startswith("checkpoint") for name in s.each("write_tensors", "thread"))
+        else "disabled"
     ),
     "checkpoint.load_step": lambda s: 6 - len(s.spy.calls["set_learning_rate"]),
     "checkpoint.load_only": lambda s: s.log.count("saved step 6 (full)") == 1,
