@@ -36,7 +36,8 @@ class DataConfig:
     """How text becomes rows of tokens."""
 
     format: str = "text"
-    """What a record holds, the name of a file in engine/data/formats."""
+    """What a record holds: the name of a file in engine/data/formats, or the dotted path of a
+    module of one's own with a function `encode`."""
 
     text_field: str = "text"
     """Field or column of a record that holds its text."""

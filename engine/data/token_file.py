@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.cache import build_once, digest_of
-from engine.data.formats import Encode, load_format
+from engine.data.formats import Encode, load_format, source_digest
 from engine.data.progress import Progress
 from engine.data.readers import NUM_EXAMPLES, BadRecords, Piece, Reader
 from engine.data.tokenizer import Tokenizer
@@ -83,11 +83,13 @@ def open_token_file(
 ) -> TokenFile:
     """Return the token file of a source, tokenising it first if no process ever did.
 
-    The key under `root` covers the bytes of the data and of the tokenizer, and `recipe`.
+    The key under `root` covers the bytes of the data, of the tokenizer and of the format's source,
+    and `recipe`.
     `num_processes` 0 means one for each CPU that this process may use.
     """
     encode = load_format(recipe.format)
-    key = digest_of(LAYOUT, reader.digest(root), tokenizer.fingerprint, asdict(recipe))
+    made_by = (tokenizer.fingerprint, asdict(recipe), source_digest(encode))
+    key = digest_of(LAYOUT, reader.digest(root), *made_by)
     worker = _Worker(reader=reader, encode=encode, tokenizer=tokenizer, recipe=recipe)
     folder = build_once(
         root / "tokens" / key,

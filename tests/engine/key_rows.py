@@ -112,7 +112,7 @@ TRAIN = {
     ),
     **rows(
         OPEN_ROWS,
-        data__format="own",
+        data__format="tests.engine.own_parts",
         data__text_field="body",
         data__bos=False,
         data__eos=False,

@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from engine.build import Run, precision_of
 from engine.cli import load_config
 from engine.config import JobConfig, check
-from engine.data.formats import text
 from engine.distributed import process_group
 from engine.loop import fit
 from engine.model import resolve_architecture
@@ -205,7 +204,6 @@ def drive(name: str, folder: Path) -> Seen:
     with pytest.MonkeyPatch.context() as patch, _restored(), spying(patch) as spy:
         for place in RECORDED:
             spy.record(patch, place)
-        patch.setattr("engine.data.token_file.load_format", lambda name: text.encode)
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             config = load_config(words(settings_of(name), folder))
             DRIVERS.get(name, _fit)(config, folder, spy, patch)

@@ -1,8 +1,9 @@
-"""A user's own module: a family of one small size and an objective, named by its dotted path."""
+"""A user's own module, named by its dotted path: a small family, an objective, a format."""
 
 from dataclasses import dataclass, field, replace
 
 from engine import config
+from engine.data.formats import text
 from engine.objectives.pretrain import Pretrain
 from models.decoder import DecoderConfig
 from models.families import llama3
@@ -28,6 +29,7 @@ class Own(Pretrain):
 
 
 build = Own
+encode = text.encode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

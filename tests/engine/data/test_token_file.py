@@ -162,6 +162,25 @@ def test_an_unknown_format_lists_those_present():
         load_format("chatt")
 
 
+def test_a_format_of_ones_own_is_named_by_its_dotted_path_and_an_edit_tokenises_anew(
+    open_file: OpenFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own").mkdir()
+    module = tmp_path / "own" / "shout.py"
+    source = "from engine.data.formats import text\ndef encode(records, **rest):\n"
+    module.write_text(source + "    return text.encode(records, **rest)\n")
+    plain = open_file(format="own.shout")
+    assert plain.digest == open_file().digest
+    twice = "    ids = text.encode(records, **rest)\n    return ids + ids\n"
+    module.write_text(source + twice)
+    os.utime(module, (1, 1))  # so that Python sees the edit of the same second
+    sys.modules.pop("own.shout")
+    assert len(open_file(format="own.shout").offsets) == 2 * len(plain.offsets) - 1
+    with pytest.raises(ValueError, match=r"data\.format = 'own\.quiet' cannot be imported"):
+        load_format("own.quiet")
+
+
 SLOW = """
 import sys, time
 from pathlib import Path
