@@ -1,16 +1,21 @@
 """Attention arithmetic behind one interface; each other file here is a backend.
 
 A backend has `prepare(mask)`, called once per forward pass, `attend(q, k, v, *, mask, scale)`,
-called by every block, and `unsupported_reason(...)`. The one asked for is used or refused.
+called by every block, and `unsupported_reason(...)`. The one asked for is used or refused. Those
+that also have the functions of `PieceBackend` can attend to the keys piece by piece.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from importlib import import_module
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from models.registry import load_member, member_names
+
+PIECE_FUNCTIONS = ("mask_tensors", "attend_with_lse", "attend_backward")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +63,53 @@ class Backend(Protocol):
         ...
 
 
+class PieceBackend(Backend, Protocol):
+    """A backend for keys that come in pieces, whose results are joined by their log-sum-exp.
+
+    In both `attend_` functions `mask` is what `mask_tensors` returned. Without tensors and not
+    causal, every query sees every key. `is_causal` is that of the mask: query t sees keys 0 to t.
+    """
+
+    def mask_tensors(self, mask: AttentionMask) -> list[Tensor]:
+        """Return the mask as tensors only, as operators of torch can take it."""
+        ...
+
+    def attend_with_lse(
+        self,
+        q_BTHC: Tensor,
+        k_BSKC: Tensor,
+        v_BSKC: Tensor,
+        *,
+        mask: Sequence[Tensor],
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the attended values (B, T, H, C) and the fp32 log-sum-exp of scores (B, T, H).
+
+        A query that sees no key has value 0 and log-sum-exp -inf. Nothing is recorded for autograd.
+        """
+        ...
+
+    def attend_backward(
+        self,
+        grad_BTHC: Tensor,
+        q_BTHC: Tensor,
+        k_BSKC: Tensor,
+        v_BSKC: Tensor,
+        out_BTHC: Tensor,
+        lse_BTH: Tensor,
+        *,
+        mask: Sequence[Tensor],
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what this piece of the keys adds to the gradient of q, and that of its k and v.
+
+        `out` and `lse` are those over all pieces. Source: Dao 2023, arXiv:2307.08691, algorithm 2.
+        """
+        ...
+
+
 def backend_names() -> tuple[str, ...]:
     """Return the values that `model.attention` may have."""
     return member_names(__name__)
@@ -69,6 +121,18 @@ def unsupported_reason(
     """Say why a backend cannot run on such a device, and what to do; None if it can."""
     reason = load_member(__name__, backend, "unsupported_reason")
     return reason(device_type=device_type, training=training, head_dim=head_dim)
+
+
+def returns_lse(backend: str) -> bool:
+    """Say whether a backend can attend piece by piece; see `PieceBackend`."""
+    return all(_piece_function(backend, name) is not None for name in PIECE_FUNCTIONS)
+
+
+def _piece_function(backend: str, name: str) -> Any:
+    load_member(__name__, backend, "attend")  # refuses an unknown backend
+    return getattr(
+        import_module(backend if "." in backend else f"{__name__}.{backend}"), name, None
+    )
 
 
 class AttentionMasks(nn.Module):
@@ -117,12 +181,20 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.backend = backend
         self.attend = load_member(__name__, backend, "attend")
+        # None where the backend cannot attend piece by piece.
+        self.mask_tensors, self.attend_with_lse, self.attend_backward = (
+            _piece_function(backend, name) for name in PIECE_FUNCTIONS
+        )
 
     def forward(
         self, q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, *, mask: AttentionMask
     ) -> Tensor:
         """Return the attended values (B, T, H, C); query heads share key/value heads in groups."""
-        return self.attend(q_BTHC, k_BSKC, v_BSKC, mask=mask, scale=q_BTHC.shape[-1] ** -0.5)
+        return self.attend(q_BTHC, k_BSKC, v_BSKC, mask=mask, scale=self.scale(q_BTHC.shape[-1]))
+
+    def scale(self, head_dim: int) -> float:
+        """Return the factor of the scores."""
+        return head_dim**-0.5
 
     def extra_repr(self) -> str:
         """Show the backend."""
