@@ -20,6 +20,7 @@ DECODER_PLAN = ModelPlan(
     blocks=("model.layers.*",),
     last=("model.norm", "lm_head"),
     attention=("model.layers.*.self_attn.core",),
+    masks=("masks",),
     tensor={
         "": "whole_output",
         "model.embed_tokens": "vocab_rows",

@@ -46,6 +46,10 @@ class ModelPlan:
     attention: tuple[str, ...] = ()
     """Modules called as `core(q, k, v, *, mask)`: where context parallelism steps in."""
 
+    masks: tuple[str, ...] = ()
+    """Modules called as `masks(positions, *, documents, keys)`, which make the attention mask of a
+    forward pass; context parallelism steps in here too."""
+
     experts: tuple[str, ...] = ()
     """Modules called as `experts(x_RD, counts_E)`: where expert parallelism steps in."""
 
@@ -69,6 +73,7 @@ class ModelPlan:
             first=tuple(at(n) for n in self.first + self.last),
             blocks=tuple(at(n) for n in self.blocks),
             attention=tuple(at(n) for n in self.attention),
+            masks=tuple(at(n) for n in self.masks),
             experts=tuple(at(n) for n in self.experts),
             tied=tuple((at(a), at(b)) for a, b in self.tied),
             tensor={at(n): role for n, role in self.tensor.items()},
@@ -81,6 +86,7 @@ class ModelPlan:
             blocks=_union(self.blocks, other.blocks),
             last=_union(self.last, other.last),
             attention=_union(self.attention, other.attention),
+            masks=_union(self.masks, other.masks),
             experts=_union(self.experts, other.experts),
             tied=self.tied + tuple(pair for pair in other.tied if pair not in self.tied),
             tensor={**self.tensor, **other.tensor},

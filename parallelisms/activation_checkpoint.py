@@ -18,6 +18,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+import parallelisms.context.ring  # noqa: F401  it names an operator of its own
+
 Forward = Callable[..., Any]
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
@@ -144,8 +146,10 @@ def _costly_operations() -> frozenset[Any]:
         "_scaled_dot_product_fused_attention_overrideable",
     )
     attention = {getattr(aten, name).default for name in names if hasattr(aten, name)}
-    collectives = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
-    return frozenset({*MATRIX_PRODUCTS, *attention, *collectives, flex_attention})
+    functional = torch.ops._c10d_functional
+    collectives = {functional.reduce_scatter_tensor.default, functional.all_to_all_single.default}
+    ring = torch.ops.tessera.ring_attention.default
+    return frozenset({*MATRIX_PRODUCTS, *attention, *collectives, flex_attention, ring})
 
 
 def _keep_costly_results(recomputed_shapes: frozenset[tuple[int, ...]]) -> Callable[[], Any]:

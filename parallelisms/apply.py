@@ -17,6 +17,7 @@ from parallelisms.compile import (
     compiled,
     overlap_tensor_parallel,
 )
+from parallelisms.context import apply_context
 from parallelisms.freeze import trainable_names
 from parallelisms.fsdp import PrecisionConfig, apply_fsdp
 from parallelisms.materialise import tie
@@ -42,8 +43,9 @@ def parallelize(
     same arguments; `dims` has its meshes.
 
     The order matters: tensor parallelism first, because the others wrap what it makes; ties and
-    frozen parameters after it, because its styles undo both; checkpointing before FSDP, so that
-    gathering stays outside the recomputed region; FSDP last, because its units are final modules.
+    frozen parameters after it, because its styles undo both; context parallelism before the blocks
+    are compiled, which would not see it later; checkpointing before FSDP, so that gathering stays
+    outside the recomputed region; FSDP last, because its units are final modules.
     """
     check(parallel, activation_checkpoint, compile, dims)
     resolved = resolve(model, plan, dims)
@@ -63,6 +65,8 @@ def parallelize(
         tie(model, owner, other)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
+    if dims.cp > 1:
+        apply_context(model, resolved, dims, mode=parallel.context_parallel_mode)
     _wrap_blocks(model, resolved, activation_checkpoint, compile)
     apply_fsdp(
         model,

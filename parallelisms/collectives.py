@@ -1,4 +1,4 @@
-"""Sums over named axes, the global gradient norm, a differentiable wait, cuts into shards."""
+"""Sums over named axes, the global gradient norm, differentiable collectives, cuts into shards."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
@@ -96,3 +97,97 @@ def wait_differentiably(x: Tensor) -> Tensor:
     waited = _Wait.apply(x)
     assert isinstance(waited, Tensor), "autograd functions return what their forward returns"
     return waited
+
+
+def _finished(x: Tensor) -> Tensor:
+    """Wait for a functional collective, traced or not."""
+    return funcol.wait_tensor(x)
+
+
+def gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """Return `x` of all ranks joined along `dim`, in rank order; every rank must call this."""
+    # torch 2.13 calls all_gather_tensor by another name, and warns of the old one.
+    collective = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+    joined = _finished(collective(x.movedim(dim, 0).contiguous(), 0, group))
+    return joined.movedim(0, dim)
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    collective = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+    mine = _finished(collective(x.movedim(dim, 0).contiguous(), "sum", 0, group))
+    return mine.movedim(0, dim)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return gather(x, dim, group)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(grad, ctx.dim, ctx.group), None, None
+
+
+def gather_differentiably(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """Do as `gather`; each rank gets back the gradients that all ranks have of its part."""
+    joined = _Gather.apply(x, dim, group)
+    assert isinstance(joined, Tensor), "autograd functions return what their forward returns"
+    return joined
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _finished(funcol.all_reduce(x, "sum", group))
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None]:
+        return _finished(funcol.all_reduce(grad, "sum", ctx.group)), None
+
+
+class SequenceSum:
+    """Adds a per-sequence value over the ranks that share its tokens; differentiable.
+
+    Every one of these ranks must call it and gets the whole sum; alone, a rank gets its own value.
+    """
+
+    def __init__(self, dims: ParallelDims) -> None:
+        self.num_ranks = dims.cp
+        self._group = dims.mesh("cp").get_group() if dims.cp > 1 else None
+
+    def __call__(self, value_B: Tensor) -> Tensor:
+        """Return the sum over the ranks that share a sequence."""
+        if self._group is None:
+            return value_B
+        total_B = _Sum.apply(value_B, self._group)
+        assert isinstance(total_B, Tensor), "autograd functions return what their forward returns"
+        return total_B
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _finished(funcol.all_to_all_single(x.contiguous(), None, None, group))
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None]:
+        return _finished(funcol.all_to_all_single(grad.contiguous(), None, None, ctx.group)), None
+
+
+def exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Send part r of the first dim, which has one for each rank, to rank r; differentiable.
+
+    Returns the parts received in rank order. Every rank of the group must call this.
+    """
+    received = _Exchange.apply(x, group)
+    assert isinstance(received, Tensor), "autograd functions return what their forward returns"
+    return received

@@ -1,11 +1,13 @@
 """Degrees of parallelism and the device meshes made from them; the one source of world layout."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("dp_replicate", "dp_shard", "tp")
+ContextMode = Literal["allgather", "ring", "ulysses"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,13 +63,20 @@ class ParallelConfig:
     """Overlap of the pipeline with expert parallelism; no effect at pipeline degree 1."""
 
     context_parallel_degree: int = 1
-    """Number of ranks that share the tokens of a row; only 1 is there yet."""
+    """Number of ranks that share the tokens of a row; they shard parameters too, as FSDP does."""
+
+    context_parallel_mode: ContextMode = "allgather"
+    """How attention reaches the other ranks' tokens: "allgather" gathers keys and values on each
+    rank, "ring" passes them round, "ulysses" exchanges tokens for attention heads."""
 
     context_parallel_load_balancer: str | None = "headtail"
-    """How tokens are dealt to ranks; no effect at context-parallel degree 1."""
+    """How tokens are dealt to ranks: "headtail" gives each a part from the head and one from the
+    tail of a row, so that causal attention costs all the same; none gives it one part. Mode
+    "ulysses" always deals one part, as its ranks split heads."""
 
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How keys and values travel; no effect at context-parallel degree 1."""
+    """torchtitan's word for a mode, of no effect here: its "alltoall" is context_parallel_mode =
+    "ring"."""
 
     expert_parallel_degree: int = 1
     """Number of ranks that share the experts; only 1 is there yet."""
@@ -87,11 +96,29 @@ class ParallelConfig:
             if degree < 1 and not (inferable and degree == -1):
                 allowed = "at least 1, or -1 to take what is left" if inferable else "at least 1"
                 raise ValueError(f"parallelism.{field.name} = {degree}; it must be {allowed}")
-            if degree > 1 and field.name.split("_")[0] in ("pipeline", "context", "expert"):
+            if degree > 1 and field.name.split("_")[0] in ("pipeline", "expert"):
                 raise ValueError(
                     f"parallelism.{field.name} = {degree}: this parallelism is not there yet; "
                     "set it to 1 and use data_parallel_shard_degree or tensor_parallel_degree"
                 )
+
+    @property
+    def balances_tokens(self) -> bool:
+        """Whether tokens are dealt head and tail to context-parallel ranks."""
+        return (
+            self.context_parallel_degree > 1
+            and self.context_parallel_mode != "ulysses"
+            and self.context_parallel_load_balancer == "headtail"
+        )
+
+    @property
+    def token_multiple(self) -> int:
+        """Rows must be padded to a multiple of this many tokens, so that ranks share them evenly.
+
+        Two chunks for each context-parallel rank, which sequence parallelism splits again.
+        """
+        chunks = 2 * self.context_parallel_degree if self.context_parallel_degree > 1 else 1
+        return chunks * (self.tensor_parallel_degree if self.sequence_parallel else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +130,17 @@ class ParallelDims:
     tp: int
     cp: int = 1
     pp: int = 1
+    balanced: bool = False
+    """Tokens are dealt to context-parallel ranks head and tail."""
+
     device_type: str = ""
     root: DeviceMesh | None = None
-    batch: DeviceMesh | None = None
+    """What parameters lie on: dp_replicate, what they are sharded over, tp."""
+
+    rows: DeviceMesh | None = None
+    """Who reads what: batch, cp, tp."""
+
+    loss: DeviceMesh | None = None
 
     @classmethod
     def of(cls, config: ParallelConfig, world_size: int) -> "ParallelDims":
@@ -113,26 +148,38 @@ class ParallelDims:
 
         Needs no process group and no model.
         """
-        replicate, shard = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
-        tp = config.tensor_parallel_degree
-        if shard == -1:
-            if world_size % (replicate * tp):
+        degrees = {
+            "data_parallel_replicate_degree": config.data_parallel_replicate_degree,
+            "data_parallel_shard_degree": config.data_parallel_shard_degree,
+            "context_parallel_degree": config.context_parallel_degree,
+            "tensor_parallel_degree": config.tensor_parallel_degree,
+        }
+        if config.context_parallel_degree == 1:
+            del degrees["context_parallel_degree"]
+        if config.data_parallel_shard_degree == -1:
+            fixed = {name: n for name, n in degrees.items() if n != -1}
+            product = math.prod(fixed.values())
+            if world_size % product:
+                shown = " times ".join(f"parallelism.{name} = {n}" for name, n in fixed.items())
                 raise ValueError(
-                    f"parallelism.data_parallel_replicate_degree = {replicate} times "
-                    f"parallelism.tensor_parallel_degree = {tp} is {replicate * tp}, which does "
-                    f"not divide the {world_size} ranks of this run; change a degree, or start "
-                    f"a multiple of {replicate * tp} ranks"
+                    f"{shown} is {product}, which does not divide the {world_size} ranks of this "
+                    f"run; change a degree, or start a multiple of {product} ranks"
                 )
-            shard = world_size // (replicate * tp)
-        if replicate * shard * tp != world_size:
+            degrees["data_parallel_shard_degree"] = world_size // product
+        product = math.prod(degrees.values())
+        if product != world_size:
+            shown = " x ".join(f"{name} = {n}" for name, n in degrees.items())
             raise ValueError(
-                f"parallelism.data_parallel_replicate_degree = {replicate} x "
-                f"data_parallel_shard_degree = {shard} x tensor_parallel_degree = {tp} is "
-                f"{replicate * shard * tp}, but the run has {world_size} ranks; set "
-                f"data_parallel_shard_degree = -1 to infer it, or start "
-                f"{replicate * shard * tp} ranks"
+                f"parallelism.{shown} is {product}, but the run has {world_size} ranks; set "
+                f"data_parallel_shard_degree = -1 to infer it, or start {product} ranks"
             )
-        return cls(dp_replicate=replicate, dp_shard=shard, tp=tp)
+        return cls(
+            dp_replicate=config.data_parallel_replicate_degree,
+            dp_shard=degrees["data_parallel_shard_degree"],
+            tp=config.tensor_parallel_degree,
+            cp=config.context_parallel_degree,
+            balanced=config.balances_tokens,
+        )
 
     @property
     def world_size(self) -> int:
@@ -149,29 +196,50 @@ class ParallelDims:
         """Which share of the rows this rank reads, from 0 to `batch_degree` - 1."""
         return self.mesh("batch").get_local_rank()
 
+    @property
+    def fsdp_degree(self) -> int:
+        """Number of ranks that share one copy of the parameters: context parallelism adds its."""
+        return self.dp_shard * self.cp
+
     def build(self, device_type: str) -> "ParallelDims":
         """Return the same degrees with meshes; every rank must call it, after the process group."""
-        root = init_device_mesh(
-            device_type, (self.dp_replicate, self.dp_shard, self.tp), mesh_dim_names=AXES
+        names = AXES if self.cp == 1 else ("dp_replicate", "dp_shard_cp", "tp")
+        shape = (self.dp_replicate, self.fsdp_degree, self.tp)
+        root = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        if self.cp == 1:
+            batch = root[names[:2]]._flatten("batch")
+            return replace(self, device_type=device_type, root=root, rows=batch, loss=batch)
+        # A mesh of its own: parameters know one axis where rows have two, and torch slices no
+        # mesh by the name of a flattened axis any more.
+        rows = init_device_mesh(
+            device_type, (self.batch_degree, self.cp, self.tp), mesh_dim_names=("batch", "cp", "tp")
         )
-        batch = root["dp_replicate", "dp_shard"]._flatten("batch")
-        return replace(self, device_type=device_type, root=root, batch=batch)
+        loss = rows["batch", "cp"]._flatten("loss")
+        return replace(self, device_type=device_type, root=root, rows=rows, loss=loss)
 
     def mesh(self, axis: str) -> DeviceMesh:
         """Return the mesh of one axis.
 
-        "tp"; "batch": ranks that read different rows; "loss": ranks whose losses add up; "fsdp":
-        what parameters are sharded over, two-dimensional when they are also replicated.
+        "tp"; "cp": ranks that share the tokens of a row; "batch": ranks that read different rows;
+        "loss": ranks whose losses add up, batch x cp; "fsdp": what parameters are sharded over,
+        dp_shard x cp, two-dimensional when they are also replicated.
         """
-        assert self.root is not None and self.batch is not None, "meshes exist after build()"
-        if axis in ("batch", "loss"):  # the same as long as no axis splits the tokens of a row
-            return self.batch
+        assert self.root is not None and self.rows is not None, "meshes exist after build()"
+        assert self.loss is not None, "build() makes all meshes"
+        if axis == "loss":
+            return self.loss
+        if axis in ("batch", "cp"):
+            assert self.cp > 1 or axis == "batch", "without context parallelism nobody shares a row"
+            return self.rows[axis] if self.cp > 1 else self.rows
         if axis == "fsdp":
-            replicated = self.dp_replicate > 1
-            return self.root["dp_replicate", "dp_shard"] if replicated else self.root["dp_shard"]
+            names = self.root.mesh_dim_names
+            assert names is not None, "build() names the axes"
+            return self.root[names[:2]] if self.dp_replicate > 1 else self.root[names[1]]
         return self.root[axis]
 
     def describe(self) -> str:
         """Return the degrees in one line for the log."""
-        degrees = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
+        degrees = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard}
+        degrees |= {"cp": self.cp} if self.cp > 1 else {}
+        degrees["tp"] = self.tp
         return " x ".join(f"{name} {degree}" for name, degree in degrees.items())

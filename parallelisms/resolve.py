@@ -45,6 +45,7 @@ class ResolvedPlan:
     blocks: tuple[str, ...]
     last: tuple[str, ...]
     attention: tuple[str, ...]
+    masks: tuple[str, ...]
     tied: tuple[tuple[str, str], ...]
     roles: Mapping[str, Role]
     rows: tuple[PlanRow, ...]
@@ -118,6 +119,7 @@ def resolve(model: nn.Module, plan: ModelPlan, dims: ParallelDims) -> ResolvedPl
         blocks=expand(plan.blocks),
         last=expand(plan.last),
         attention=expand(plan.attention),
+        masks=expand(plan.masks),
         tied=plan.tied,
         roles=roles,
         rows=_rows(model, plan, roles, owners, dims),
@@ -213,7 +215,7 @@ def _rows(
         shape = list(parameter.shape)
         if split is not None and split < len(shape):
             shape[split] = -(-shape[split] // dims.tp)
-        shape[0] = -(-shape[0] // dims.dp_shard)
+        shape[0] = -(-shape[0] // dims.fsdp_degree)
         numel = 1
         for size in shape:
             numel *= size
@@ -242,8 +244,8 @@ def _placement(role: Role, dims: ParallelDims) -> str:
     if dims.tp > 1:
         split = SPLIT_DIM.get(role)
         parts.append("tp: replicated" if split is None else f"tp: dim {split} / {dims.tp}")
-    if dims.dp_shard > 1:
-        parts.append(f"fsdp: dim 0 / {dims.dp_shard}")
+    if dims.fsdp_degree > 1:
+        parts.append(f"fsdp: dim 0 / {dims.fsdp_degree}")
     if dims.dp_replicate > 1:
         parts.append(f"copies: {dims.dp_replicate}")
     return ", ".join(parts) or "whole"

@@ -30,6 +30,8 @@ def test_patterns_expand_in_model_order() -> None:
     resolved = resolve(meta_model(), DECODER_PLAN, dims())
     assert resolved.blocks == tuple(f"model.layers.{i}" for i in range(3))
     assert resolved.last == ("model.norm", "lm_head")
+    assert resolved.attention[2] == "model.layers.2.self_attn.core"
+    assert resolved.masks == ("masks",)
     assert resolved.roles["model.layers.2.self_attn.v_proj"] == "columns"
 
 
@@ -41,6 +43,7 @@ def test_patterns_expand_in_model_order() -> None:
         ModelPlan(first=("model.embed",)),
         ModelPlan(last=("model.norms",)),
         ModelPlan(attention=("model.layers.*.core",)),
+        ModelPlan(masks=("model.masks",)),
     ],
 )
 def test_a_pattern_without_a_match_is_an_error_with_the_nearest_names(wrong: ModelPlan) -> None:
