@@ -188,6 +188,7 @@ def _validation_batches(
         batch_degree=dims.batch_degree,
         steps=validation.steps,
         dataloader=validation.dataloader,
+        pad_to_multiple=config.parallelism.token_multiple,
     )
 
 
@@ -303,6 +304,7 @@ def _build_trainer(
             batch_degree=dims.batch_degree,
             start_row=int(state.counters["rows_consumed"]),
             dataloader=training.dataloader,
+            pad_to_multiple=config.parallelism.token_multiple,
         )
     assert state.optimizer is not None, "training has an optimizer"
     return Trainer(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from engine import titan
 from engine.checkpoint_rules import CHECKPOINT_RULES
+from engine.layout_rules import CONTEXT_RULES, LAYOUT_RULES
 from engine.rules import Facts, Rule, gather_facts
 from engine.schema import raise_mistakes
 from models.decoder import DecoderConfig
@@ -20,80 +21,6 @@ if TYPE_CHECKING:
     from engine.config import JobConfig
 
 DATASETS_FROM_FILES = frozenset({"text", "json", "jsonl", "parquet"})
-
-LAYOUT_RULES = (
-    Rule(
-        id="degrees_that_do_not_divide_the_ranks",
-        keys=("parallelism.data_parallel_replicate_degree", "parallelism.tensor_parallel_degree"),
-        applies=lambda f: (
-            f.config.parallelism.data_parallel_shard_degree == -1
-            and f.world_size % f.fixed_degrees != 0
-        ),
-        reason="their product {f.fixed_degrees} does not divide the {f.world_size} ranks",
-        remedy="lower a degree, or start a multiple of {f.fixed_degrees} ranks",
-    ),
-    Rule(
-        id="degrees_that_do_not_multiply_to_the_ranks",
-        keys=(
-            "parallelism.data_parallel_replicate_degree",
-            "parallelism.data_parallel_shard_degree",
-            "parallelism.tensor_parallel_degree",
-        ),
-        applies=lambda f: (
-            f.config.parallelism.data_parallel_shard_degree != -1
-            and f.fixed_degrees != f.world_size
-        ),
-        reason="their product is {f.fixed_degrees}, but the run has {f.world_size} ranks",
-        remedy="set data_parallel_shard_degree = -1 to infer it, or start {f.fixed_degrees} ranks",
-    ),
-    Rule(
-        id="heads_that_tensor_parallelism_does_not_divide",
-        keys=("parallelism.tensor_parallel_degree",),
-        applies=lambda f: f.decoder is not None and f.decoder.num_kv_heads % f.tp != 0,
-        reason=(
-            "it does not divide the {f.decoder.num_kv_heads} key/value heads (for "
-            "{f.decoder.num_heads} query heads) of the model"
-        ),
-        remedy="use a degree that does, and raise parallelism.data_parallel_shard_degree instead",
-    ),
-    Rule(
-        id="feed_forward_width_that_tensor_parallelism_does_not_divide",
-        keys=("parallelism.tensor_parallel_degree",),
-        applies=lambda f: f.decoder is not None and f.decoder.intermediate_size % f.tp != 0,
-        reason="it does not divide the feed-forward width {f.decoder.intermediate_size}",
-        remedy="use a degree that does",
-    ),
-    Rule(
-        id="row_length_that_sequence_parallelism_does_not_divide",
-        keys=("training.seq_len", "parallelism.tensor_parallel_degree"),
-        applies=lambda f: f.splits_tokens and f.config.training.seq_len % f.tp != 0,
-        reason="sequence parallelism deals the tokens of a row to tensor-parallel ranks evenly",
-        remedy="use a multiple of the degree, or set parallelism.sequence_parallel = false",
-    ),
-    Rule(
-        id="validation_row_length_that_sequence_parallelism_does_not_divide",
-        keys=("validation.seq_len", "parallelism.tensor_parallel_degree"),
-        applies=lambda f: (
-            f.splits_tokens and f.validates and f.config.validation.seq_len % f.tp != 0
-        ),
-        reason="sequence parallelism deals the tokens of a row to tensor-parallel ranks evenly",
-        remedy="use a multiple of the degree, or set parallelism.sequence_parallel = false",
-    ),
-    Rule(
-        id="global_batch_that_is_no_multiple_of_a_microbatch",
-        keys=("training.global_batch_size", "training.local_batch_size"),
-        applies=lambda f: (
-            f.config.training.global_batch_size > 0
-            and f.world_size % f.tp == 0
-            and f.config.training.global_batch_size % f.rows_of_a_microbatch != 0
-        ),
-        reason=(
-            "the first is not a multiple of local_batch_size x data-parallel ranks "
-            "= {f.rows_of_a_microbatch}"
-        ),
-        remedy="change one of them, or set global_batch_size = -1 for one microbatch on each rank",
-    ),
-)
 
 DEVICE_RULES = (
     Rule(
@@ -290,6 +217,7 @@ EXTRAS_RULES = (
 
 RULES: Sequence[Rule] = (
     *LAYOUT_RULES,
+    *CONTEXT_RULES,
     *DEVICE_RULES,
     *COMPILE_RULES,
     *PRECISION_RULES,

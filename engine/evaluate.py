@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from engine.data.batch import Batch
 from engine.data.loader import DataloaderConfig
 from engine.objectives import Objective, combine
-from engine.step import identity, model_inputs, sum_globally
+from engine.step import local_tokens, model_inputs, sum_globally
+from parallelisms.collectives import SequenceSum
 from parallelisms.mesh import ParallelDims
 
 
@@ -82,15 +83,17 @@ def evaluate(
     started = time.perf_counter()
     was_training = model.training
     model.eval()
+    sequence_sum = SequenceSum(dims)
     sums: list[dict[str, Tensor]] = []
     counts: list[dict[str, Tensor]] = []
     for on_host in batches():
-        batch = on_host.to(device)
+        whole = on_host.to(device)
+        batch = local_tokens(whole, dims)
         logps_BT = model(batch.tokens_BT, **model_inputs(batch))
-        sums.append(objective.sums(logps_BT, batch, identity))
-        counts.append(objective.counts(batch))
+        sums.append(objective.sums(logps_BT, batch, sequence_sum))
+        counts.append(objective.counts(whole))
     model.train(was_training)
-    total_counts = sum_globally(counts, dims)
-    loss = combine(sum_globally(sums, dims), total_counts, objective.coefficients)
+    total_counts = sum_globally(counts, dims, "batch")
+    loss = combine(sum_globally(sums, dims, "loss"), total_counts, objective.coefficients)
     seconds = time.perf_counter() - started
     return Validation(loss=float(loss), tokens=int(sum(total_counts.values())), seconds=seconds)

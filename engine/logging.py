@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -222,6 +223,13 @@ def environment_report() -> dict[str, str]:
     else:
         report["gpus"] = "none"
     return report
+
+
+def machine_report() -> dict[str, str]:
+    """Return the date and what a measurement ran on, for records that may be published."""
+    report = environment_report()
+    del report["platform"]
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **report}
 
 
 def source_commit() -> str:

@@ -52,21 +52,35 @@ class Facts:
         return self.config.parallelism.tensor_parallel_degree
 
     @property
+    def cp(self) -> int:
+        """Context-parallel degree."""
+        return self.config.parallelism.context_parallel_degree
+
+    def uses_context(self, mode: str) -> bool:
+        """Whether ranks share the tokens of a row in this mode."""
+        return self.cp > 1 and self.config.parallelism.context_parallel_mode == mode
+
+    @property
+    def local_heads(self) -> int:
+        """Query heads of one tensor-parallel rank; 0 where they are not known or not whole."""
+        return 0 if self.decoder is None else _whole(self.decoder.num_heads, self.tp)
+
+    @property
+    def local_kv_heads(self) -> int:
+        """Key/value heads of one tensor-parallel rank; 0 where not known or not whole."""
+        return 0 if self.decoder is None else _whole(self.decoder.num_kv_heads, self.tp)
+
+    @property
     def fixed_degrees(self) -> int:
         """Product of the degrees that are not inferred."""
         parallelism = self.config.parallelism
         shard = max(parallelism.data_parallel_shard_degree, 1)
-        return parallelism.data_parallel_replicate_degree * shard * self.tp
+        return parallelism.data_parallel_replicate_degree * shard * self.cp * self.tp
 
     @property
     def rows_of_a_microbatch(self) -> int:
         """Rows of one microbatch over all ranks."""
-        return self.config.training.local_batch_size * (self.world_size // self.tp)
-
-    @property
-    def splits_tokens(self) -> bool:
-        """Whether tensor-parallel ranks share the tokens of a row."""
-        return self.tp > 1 and self.config.parallelism.sequence_parallel
+        return self.config.training.local_batch_size * (self.world_size // (self.cp * self.tp))
 
     @property
     def trains(self) -> bool:
@@ -114,6 +128,10 @@ class Facts:
         config = self.config.activation_checkpoint
         option = config.selective_ac_option
         return int(option) if config.mode == "selective" and option.isdigit() else None
+
+
+def _whole(size: int, parts: int) -> int:
+    return 0 if size % parts else size // parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

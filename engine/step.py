@@ -1,8 +1,8 @@
 """One optimizer update: counts, microbatches, clipping, step. When to do what is in `loop.py`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,12 @@ from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch
 from engine.data.loader import DataloaderConfig
 from engine.health import NonFinitePolicy
 from engine.objectives import Objective, combine
-from parallelisms.collectives import clip_gradients, sum_over
+from parallelisms.collectives import SequenceSum, clip_gradients, sum_over
+from parallelisms.context import split_tokens
 from parallelisms.mesh import ParallelDims
+
+PER_TOKEN = ("tokens_BT", "labels_BT", "positions_BT", "documents_BT")
+"""What of a batch has a value for each token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,34 +150,43 @@ def model_inputs(batch: Batch) -> dict[str, Tensor | None]:
     }
 
 
-def identity(value: Tensor) -> Tensor:
-    """Stand for the sum over ranks that share a sequence, where none do."""
-    return value
+def local_tokens(batch: Batch, dims: ParallelDims) -> Batch:
+    """Return the batch with only this rank's tokens of each row; what is counted stays whole."""
+    tensors = {name: getattr(batch, name) for name in PER_TOKEN}
+    parts: dict[str, Any] = dict(split_tokens(tensors, dims))
+    return replace(batch, **parts)
 
 
-def sum_globally(parts: Sequence[Mapping[str, Tensor]], dims: ParallelDims) -> dict[str, Tensor]:
-    """Add up each named value over `parts` and all data-parallel ranks, in float64."""
+def sum_globally(
+    parts: Sequence[Mapping[str, Tensor]], dims: ParallelDims, axis: Literal["batch", "loss"]
+) -> dict[str, Tensor]:
+    """Add up each named value over `parts` and the ranks of an axis, in float64.
+
+    What was taken from whole rows is added over "batch", from a rank's tokens over "loss".
+    """
     names = list(parts[0])
     local = [torch.stack([part[name].double() for part in parts]).sum() for name in names]
-    total = sum_over(dims, "batch", torch.stack(local))
+    total = sum_over(dims, axis, torch.stack(local))
     return dict(zip(names, total.unbind(), strict=True))
 
 
 def accumulate_gradients(
     trainer: Trainer, batches: Sequence[Batch], counts: Mapping[str, Tensor]
 ) -> list[dict[str, Tensor]]:
-    """Run forward and backward over `batches`; return the detached sums of each."""
+    """Run forward and backward over `batches`; return the detached sums of this rank's tokens."""
+    sequence_sum = SequenceSum(trainer.dims)
     parts: list[dict[str, Tensor]] = []
-    for batch in batches:
+    for whole in batches:
+        batch = local_tokens(whole, trainer.dims)
         logps_BT = trainer.model(batch.tokens_BT, **model_inputs(batch))
-        sums = trainer.objective.sums(logps_BT, batch, identity)
+        sums = trainer.objective.sums(logps_BT, batch, sequence_sum)
         combine(sums, counts, trainer.objective.coefficients).backward()
         parts.append({name: value.detach() for name, value in sums.items()})
     return parts
 
 
 def measure(batch: Batch, objective: Objective) -> dict[str, Tensor]:
-    """Count what a microbatch holds: what the objective divides by, and what is reported."""
+    """Count what whole rows hold: what the objective divides by, and what is reported."""
     device = batch.tokens_BT.device
     return {
         **objective.counts(batch),
@@ -187,8 +200,8 @@ def train_step(trainer: Trainer, step: int) -> StepReport:
     """Run optimizer update `step` over the next microbatches. Every rank must call this."""
     objective, dims = trainer.objective, trainer.dims
     batches = [next(trainer.batches).to(trainer.device) for _ in range(trainer.microbatches)]
-    counts = sum_globally([measure(batch, objective) for batch in batches], dims)
-    sums = sum_globally(accumulate_gradients(trainer, batches, counts), dims)
+    counts = sum_globally([measure(batch, objective) for batch in batches], dims, "batch")
+    sums = sum_globally(accumulate_gradients(trainer, batches, counts), dims, "loss")
 
     norm = clip_gradients(trainer.model.parameters(), trainer.max_norm)
     loss = combine(sums, counts, objective.coefficients)

@@ -220,8 +220,7 @@ WITHOUT_EFFECT = frozenset(
         "parallelism.pipeline_parallel_schedule_csv",
         "parallelism.pipeline_parallel_microbatch_size",
         "parallelism.pipeline_parallel_expert_parallel_overlap",
-        "parallelism.context_parallel_load_balancer",  # the context-parallel degree is 1
-        "parallelism.context_parallel_rotate_method",
+        "parallelism.context_parallel_rotate_method",  # context_parallel_mode says it
         "parallelism.expert_parallel_comm_backend",  # the expert-parallel degree is 1
         "checkpoint.enable_ft_dataloader_checkpoints",  # torchft is not used
         "quantize.linear.float8.enable_fsdp_float8_all_gather",  # there are no converters

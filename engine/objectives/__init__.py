@@ -5,7 +5,7 @@ all microbatches and ranks with one all-reduce and divide once. That makes the l
 of accumulation, packing and uneven ranks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,15 @@ class ObjectiveConfig:
     function `build` returns the objective."""
 
 
-SequenceSum = Callable[[Tensor], Tensor]
+class SequenceSum(Protocol):
+    """Adds a per-sequence value over the ranks that share the sequence's tokens; differentiable."""
+
+    num_ranks: int
+    """How many ranks share a sequence. Each gets the whole sum."""
+
+    def __call__(self, value_B: Tensor) -> Tensor:
+        """Return the sum over these ranks."""
+        ...
 
 
 class Objective(Protocol):
@@ -39,8 +47,10 @@ class Objective(Protocol):
     def sums(self, logps_BT: Tensor, batch: Batch, sequence_sum: SequenceSum) -> dict[str, Tensor]:
         """Add up each term over this microbatch; differentiable fp32 scalars.
 
-        `sequence_sum` adds a per-sequence value over the ranks that share a sequence; an
-        objective that is nonlinear in a sequence's total applies it before the nonlinearity.
+        A batch holds this rank's tokens of its rows, and the results of all ranks are added up.
+        An objective that is nonlinear in a sequence's total takes `sequence_sum` of it before the
+        nonlinearity; as each rank then has the whole value, it divides it by
+        `sequence_sum.num_ranks`.
         """
         ...
 

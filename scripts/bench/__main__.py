@@ -15,21 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engine.logging import environment_report
+from engine.logging import machine_report
 from scripts.bench.suites import SUITES, BenchRow
 
 ROOT = Path(__file__).parents[2]
-
-
-def machine() -> dict[str, str]:
-    """Describe what the figures were measured on, and with which commit."""
-    report = environment_report()
-    del report["platform"]
-    return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), **report}
 
 
 def command(row: BenchRow, run_folder: Path) -> list[str]:
@@ -111,7 +103,7 @@ def main() -> int:
     parser.add_argument("--timeout_seconds", type=float, default=300.0, help="of one row")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"suite": options.suite, "machine": machine(), "rows": []}
+    record: dict[str, Any] = {"suite": options.suite, "machine": machine_report(), "rows": []}
     chosen = [row for row in SUITES[options.suite] if options.only in row.name]
     if not chosen:
         parser.error(f"--only {options.only!r} is in no row of {options.suite}")

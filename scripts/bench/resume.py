@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.__main__ import ROOT, machine
+from engine.logging import machine_report
+from scripts.bench.__main__ import ROOT
 
 BF16_OTHER_LAYOUT = 2e-3  # relative, of the loss
 STEPS, SAVED_STEP = 8, 4
@@ -81,7 +82,7 @@ def main() -> int:
     drifts = {"same layout": drift(same, whole), "with tensor parallelism": drift(other, whole)}
     record = {
         "suite": "resume",
-        "machine": machine(),
+        "machine": machine_report(),
         "ranks": given.ranks,
         "options": given.options,
         "seconds": {"whole": whole["seconds"], "same": same["seconds"], "other": other["seconds"]},

@@ -221,9 +221,16 @@ LAID_OUT = {
     **rows(
         MESH,
         parallelism__data_parallel_replicate_degree=2,
+        parallelism__context_parallel_degree=2,
+        parallelism__context_parallel_load_balancer=None,
         parallelism__tensor_parallel_degree=2,
     ),
-    **rows(APPLY, parallelism__sequence_parallel=False, parallelism__disable_loss_parallel=True),
+    **rows(
+        APPLY,
+        parallelism__context_parallel_mode="ring",
+        parallelism__sequence_parallel=False,
+        parallelism__disable_loss_parallel=True,
+    ),
 }
 """The model laid out for the first of eight ranks."""
 
@@ -263,7 +270,6 @@ REFUSED = {
     "experimental.custom_args_module": "own",
     "optimizer.early_step_in_backward": True,
     "parallelism.pipeline_parallel_degree": 2,
-    "parallelism.context_parallel_degree": 2,
     "parallelism.expert_parallel_degree": 2,
     "parallelism.expert_tensor_parallel_degree": 2,
     "checkpoint.initial_load_in_hf_quantized": True,
@@ -284,10 +290,7 @@ WITHOUT_EFFECT = {
         "parallelism.pipeline_parallel_microbatch_size",
         "parallelism.pipeline_parallel_expert_parallel_overlap",
     ],
-    "no effect at context-parallel degree 1": [
-        "parallelism.context_parallel_load_balancer",
-        "parallelism.context_parallel_rotate_method",
-    ],
+    "of no effect here": ["parallelism.context_parallel_rotate_method"],
     "no effect at expert-parallel degree 1": ["parallelism.expert_parallel_comm_backend"],
     "without the converter it does nothing": [
         "quantize.linear.float8.enable_fsdp_float8_all_gather",

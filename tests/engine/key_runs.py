@@ -56,6 +56,7 @@ RECORDED = (
     "engine.step.measure",
     "gc.collect",
     "parallelisms.activation_checkpoint.checkpoint",
+    "parallelisms.apply.apply_context",
     "parallelisms.apply.apply_tensor",
     "parallelisms.fsdp.fully_shard",
     "torch.distributed.distributed_c10d._set_pg_timeout",
@@ -175,7 +176,7 @@ def settings_of(name: str) -> Settings:
             "training.dataset": "dummy",
             "training.steps": 1,
         },
-        "laid_out": SMALL | {"parallelism.data_parallel_shard_degree": 2},
+        "laid_out": SMALL | {"parallelism.data_parallel_shard_degree": 1},
         "overlapped": SMALL | {"parallelism.tensor_parallel_degree": 2, "compile.enable": True},
         "on_cuda": {"profiling.profile_freq": 1},
     }

@@ -40,8 +40,9 @@ def table_mib(text: str) -> float:
         ([], "fsdp: dim 0 / 1024", 1024),
         (["--parallelism.data_parallel_replicate_degree=8"], "copies: 8", 128),
         (["--parallelism.tensor_parallel_degree=8"], "tp: dim 0 / 8, fsdp: dim 0 / 128", 1024),
+        (["--parallelism.context_parallel_degree=8"], "fsdp: dim 0 / 1024", 1024),
     ],
-    ids=["fsdp", "hsdp", "tp"],
+    ids=["fsdp", "hsdp", "tp", "cp"],
 )
 def test_8b_on_1024_ranks_is_laid_out_within_a_minute(
     degrees: list[str], placement: str, share: int
@@ -58,6 +59,14 @@ def test_8b_on_1024_ranks_is_laid_out_within_a_minute(
     assert table_mib(done.stdout) == pytest.approx(parameters / 2**20, rel=2e-3)
     assert held(done.stdout, "gradients") == parameters
     assert held(done.stdout, "optimizer") == 2 * parameters
+
+
+def test_ranks_that_share_rows_are_counted_once():
+    words = ["--world_size=16", "--training.seq_len=8192", "--parallelism.tensor_parallel_degree=2"]
+    words += ["--parallelism.context_parallel_degree=4", "--parallelism.context_parallel_mode=ring"]
+    done = run(*LLAMA_8B, *words)
+    assert "ranks:   16 = dp_replicate 1 x dp_shard 2 x cp 4 x tp 2" in done.stdout, done.stderr
+    assert "2 rows = 1 x 2 data-parallel ranks x 1 microbatches" in done.stdout
 
 
 def test_rows_and_tokens_of_a_step_are_shown():

@@ -12,7 +12,6 @@ from engine.config import JobConfig, check
 from engine.model import find_architecture
 from engine.rules import Facts, gather_facts
 from engine.schema import leaves
-from models.decoder import DecoderConfig
 from parallelisms.mesh import ParallelConfig, ParallelDims
 
 
@@ -34,6 +33,11 @@ class Case:
 
 TP2 = "parallelism.tensor_parallel_degree=2"
 ASYNC_TP = f"{TP2} parallelism.enable_async_tensor_parallel"
+CP2 = "parallelism.context_parallel_degree=2"
+CP4 = "parallelism.context_parallel_degree=4"
+ULYSSES = "parallelism.context_parallel_mode=ulysses"
+RING = "parallelism.context_parallel_mode=ring"
+NO_LSE = "tests.engine.attention_without_lse"
 CUDA: dict[str, Any] = {"device_type": "cuda"}
 
 CASES = {
@@ -53,20 +57,39 @@ CASES = {
     "feed_forward_width_that_tensor_parallelism_does_not_divide": Case(
         refused=TP2, allowed=TP2, world_size=2, facts={"intermediate_size": 383}
     ),
-    "row_length_that_sequence_parallelism_does_not_divide": Case(
-        refused=f"{TP2} training.seq_len=255",
-        allowed=f"{TP2} training.seq_len=255 parallelism.no_sequence_parallel",
-        world_size=2,
-    ),
-    "validation_row_length_that_sequence_parallelism_does_not_divide": Case(
-        refused=f"{TP2} validation.enable validation.seq_len=255",
-        allowed=f"{TP2} validation.seq_len=255",
-        world_size=2,
-    ),
     "global_batch_that_is_no_multiple_of_a_microbatch": Case(
         refused="training.global_batch_size=24 training.local_batch_size=4",
         allowed="training.global_batch_size=32 training.local_batch_size=4",
         world_size=4,
+    ),
+    "heads_that_ulysses_does_not_divide": Case(
+        refused=f"{TP2} parallelism.context_parallel_degree=8 {ULYSSES}",
+        allowed=f"{TP2} {CP4} {ULYSSES}",
+        world_size=16,
+    ),
+    "key_heads_that_ulysses_cannot_deal": Case(
+        refused=f"{CP4} {ULYSSES}",
+        allowed=f"{CP4} {ULYSSES}",
+        world_size=4,
+        facts={"num_heads": 12, "num_kv_heads": 6},
+        allowed_facts={"num_heads": 12, "num_kv_heads": 2},
+    ),
+    "ring_with_a_backend_that_returns_no_log_sum_exp": Case(
+        refused=f"{CP2} {RING}",
+        allowed=f"{CP2} parallelism.context_parallel_mode=allgather",
+        world_size=2,
+        facts={"attention": NO_LSE},
+        allowed_facts={"attention": NO_LSE},
+    ),
+    "rotate_method_that_another_mode_overrules": Case(
+        refused=f"{CP2} parallelism.context_parallel_rotate_method=alltoall",
+        allowed=f"{CP2} parallelism.context_parallel_rotate_method=alltoall {RING}",
+        world_size=2,
+    ),
+    "unknown_load_balancer": Case(
+        refused=f"{CP2} parallelism.context_parallel_load_balancer=zigzag",
+        allowed=f"{CP2} parallelism.context_parallel_load_balancer=None",
+        world_size=2,
     ),
     "cuda_without_enough_gpus": Case(
         refused="job.device=cuda",
@@ -213,8 +236,8 @@ def _facts(options: str, world_size: int, changes: dict[str, Any]) -> Facts:
     known, problems = gather_facts(config, world_size, device_type="cpu")
     assert not problems
     assert known.decoder is not None
-    sizes = {k: v for k, v in changes.items() if k in DecoderConfig.__dataclass_fields__}
-    others = {k: v for k, v in changes.items() if k not in sizes}
+    others = {k: v for k, v in changes.items() if k in Facts.__dataclass_fields__}
+    sizes = {k: v for k, v in changes.items() if k not in others}
     machine: dict[str, Any] = {"missing": frozenset(), "num_gpus": 0, "num_local_ranks": 1}
     return replace(known, decoder=replace(known.decoder, **sizes), **machine | others)
 
@@ -261,12 +284,13 @@ def test_an_unknown_flavor_does_not_hide_other_mistakes():
 
 
 def test_the_table_and_the_mesh_agree_on_which_degrees_fit():
-    for replicate, shard, tp, world in product(
-        (1, 2, 3), (-1, 1, 2, 4), (1, 2, 4), (1, 2, 4, 8, 12)
+    for replicate, shard, cp, tp, world in product(
+        (1, 3), (-1, 1, 2, 4), (1, 2), (1, 2, 4), (1, 2, 4, 8, 12)
     ):
         parallelism = ParallelConfig(
             data_parallel_replicate_degree=replicate,
             data_parallel_shard_degree=shard,
+            context_parallel_degree=cp,
             tensor_parallel_degree=tp,
         )
         try:
@@ -276,6 +300,7 @@ def test_the_table_and_the_mesh_agree_on_which_degrees_fit():
             fits = False
         words = [f"parallelism.data_parallel_replicate_degree={replicate}"]
         words += [f"parallelism.data_parallel_shard_degree={shard}"]
+        words += [f"parallelism.context_parallel_degree={cp}"]
         words += [f"parallelism.tensor_parallel_degree={tp}"]
         facts = _facts(" ".join(words), world, {})
         applied = {r.id for r in RULES if r.applies(facts)}
@@ -289,7 +314,13 @@ ALLOWED = [
     ("parallelism.data_parallel_replicate_degree=4 parallelism.data_parallel_shard_degree=1", 4),
     (f"{TP2} parallelism.data_parallel_replicate_degree=2", 8),
     (f"{TP2} parallelism.disable_loss_parallel", 2),
+    (f"{TP2} training.seq_len=255 validation.enable validation.seq_len=255", 2),
     (f"{TP2} parallelism.no_sequence_parallel training.seq_len=255", 2),
+    (f"{CP2} training.seq_len=255", 2),
+    (f"{CP2} {TP2} {ULYSSES} parallelism.data_parallel_replicate_degree=2", 16),
+    (f"{CP4} {RING} compile.enable", 4),
+    ("parallelism.context_parallel_rotate_method=alltoall", 1),
+    (f"{CP2} training.global_batch_size=8 training.local_batch_size=8", 2),
     (f"{TP2} compile.enable activation_checkpoint.selective_ac_option=op", 2),
     (f"{TP2} compile.enable activation_checkpoint.mode=full", 2),
     (f"{TP2} compile.enable activation_checkpoint.mode=memory_budget", 2),

@@ -46,7 +46,6 @@ REFUSED = {
     "experimental.custom_args_module",
     "optimizer.early_step_in_backward",
     "parallelism.pipeline_parallel_degree",
-    "parallelism.context_parallel_degree",
     "parallelism.expert_parallel_degree",
     "parallelism.expert_tensor_parallel_degree",
     "checkpoint.initial_load_in_hf_quantized",

@@ -143,6 +143,11 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "data.last_row": lambda s: "keep" if s.last("ConcatPacking")["keep_last"] else "drop",
     "data.dummy_tokens": lambda s: s.last("DummyRows")["num_tokens"],
     "parallelism.data_parallel_replicate_degree": lambda s: mesh_sizes(s)[0],
+    "parallelism.context_parallel_degree": lambda s: s.last("apply_context")["dims"].cp,
+    "parallelism.context_parallel_mode": lambda s: s.last("apply_context")["mode"],
+    "parallelism.context_parallel_load_balancer": lambda s: (
+        "headtail" if s.last("apply_context")["dims"].balanced else None
+    ),
     "parallelism.tensor_parallel_degree": lambda s: s.last("apply_tensor")["mesh"].size(),
     "parallelism.sequence_parallel": lambda s: s.last("apply_tensor")["sequence_parallel"],
     "parallelism.disable_loss_parallel": lambda s: not s.last("apply_tensor")["loss_parallel"],

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 
@@ -9,10 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.data.batch import Batch
 from engine.health import NonFiniteError
+from engine.objectives import SequenceSum
+from engine.objectives.pretrain import Pretrain
 from engine.optim import OptimizerConfig
 from engine.step import StepReport, TrainingConfig, train_step
-from tests.engine.training_cases import ROWS_PER_STEP, make_trainer, whole_parameters
+from tests.engine.training_cases import (
+    ROWS_PER_STEP,
+    RaggedRows,
+    make_trainer,
+    whole_parameters,
+)
 from tests.parity.cases import Case
 from tests.ranks import RankPool
 
@@ -41,6 +50,78 @@ def test_an_update_is_the_same_for_any_ranks_and_microbatches(
             assert report.grad_norm == pytest.approx(wanted.grad_norm, rel=FP32_REORDERED_SUM)
             assert (report.tokens, report.trained_tokens) == (wanted.tokens, wanted.trained_tokens)
             assert report.squared_document_tokens == wanted.squared_document_tokens
+        for name, value in parameters.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+ODD_ROWS = RaggedRows(seq_len=13)  # padded to 16 where two ranks share a row
+ONE_DOCUMENT = RaggedRows(seq_len=13, one_document_per_row=True)
+
+
+def take_a_step(rank: int, world_size: int, case: Case, rows: RaggedRows) -> Outcome:
+    local_batch_size = ROWS_PER_STEP if case.world_size == 1 else 2
+    trainer = make_trainer(case, local_batch_size=local_batch_size, rows=rows)
+    return [train_step(trainer, 1)], whole_parameters(trainer)
+
+
+@pytest.mark.parametrize("rows", [ODD_ROWS, ONE_DOCUMENT], ids=["documents", "one-document"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tp=2),
+        Case(cp=2),
+        Case(cp=2, context="ulysses"),
+        Case(cp=2, context="ring"),
+        Case(shard=2, cp=2),
+        Case(tp=2, cp=2, context="ring"),
+    ],
+    ids=str,
+)
+def test_an_update_is_the_same_where_ranks_share_rows_that_do_not_divide(
+    ranks: RankPool, case: Case, rows: RaggedRows
+) -> None:
+    (((expected,), parameters),) = ranks(1, take_a_step, Case(), rows)
+    assert expected.tokens < ROWS_PER_STEP * rows.seq_len, "some rows end in padding"
+    for (report,), found in ranks(case.world_size, take_a_step, case, rows):
+        assert report.loss == pytest.approx(expected.loss, rel=FP32_REORDERED_SUM)
+        assert report.grad_norm == pytest.approx(expected.grad_norm, rel=FP32_REORDERED_SUM)
+        assert (report.tokens, report.trained_tokens, report.squared_document_tokens) == (
+            *(expected.tokens, expected.trained_tokens),
+            expected.squared_document_tokens,
+        )
+        for name, value in parameters.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+class OfWholeSequences:
+    """Nonlinear in a sequence's total, as preferences are; and a term that is not."""
+
+    coefficients: Mapping[str, float] = {"squared": 1.0, "nll": 0.5}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        num_rows = torch.tensor(float(len(batch.rows_B)), dtype=torch.float64)
+        return {"squared": num_rows, **Pretrain().counts(batch)}
+
+    def sums(self, logps_BT: Tensor, batch: Batch, sequence_sum: SequenceSum) -> dict[str, Tensor]:
+        total_B = sequence_sum(logps_BT.sum(dim=1))
+        squared = (total_B / 10).square().sum() / sequence_sum.num_ranks
+        return {"squared": squared, **Pretrain().sums(logps_BT, batch, sequence_sum)}
+
+
+def take_a_step_on_sequences(rank: int, world_size: int, case: Case) -> Outcome:
+    trainer = make_trainer(case, local_batch_size=4)
+    trainer.objective = OfWholeSequences()
+    return [train_step(trainer, 1)], whole_parameters(trainer)
+
+
+@pytest.mark.parametrize("case", [Case(cp=2), Case(shard=2, cp=2, context="ulysses")], ids=str)
+def test_an_objective_of_whole_sequences_is_the_same_where_ranks_share_them(
+    ranks: RankPool, case: Case
+) -> None:
+    (((expected,), parameters),) = ranks(1, take_a_step_on_sequences, Case())
+    for (report,), found in ranks(case.world_size, take_a_step_on_sequences, case):
+        assert report.loss == pytest.approx(expected.loss, rel=FP32_REORDERED_SUM)
+        assert report.grad_norm == pytest.approx(expected.grad_norm, rel=FP32_REORDERED_SUM)
         for name, value in parameters.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
 

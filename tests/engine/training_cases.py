@@ -12,6 +12,7 @@ from engine.health import NonFinitePolicy
 from engine.objectives.pretrain import build as build_pretrain
 from engine.optim import OptimizerConfig, build_optimizer
 from engine.step import Trainer
+from engine.verify.parity import parallel_config
 from parallelisms import ParallelDims
 from tests.parity.cases import Case, build_case
 
@@ -23,7 +24,10 @@ SMOOTH = OptimizerConfig(lr=1e-2, eps=1e-2)
 
 @dataclass(kw_only=True)
 class RaggedRows:
-    """Rows of two documents, of which a varying part has labels: some rows have very few."""
+    """Rows of two documents, of which a varying part has labels: some rows have very few.
+
+    With `one_document_per_row` of one document. Some rows end in padding.
+    """
 
     rows_per_epoch: int = 64
     seq_len: int = SEQ_LEN
@@ -33,19 +37,21 @@ class RaggedRows:
 
     def row(self, index: int) -> Row:
         generator = torch.Generator().manual_seed(index)
-        tokens = torch.randint(self.vocab_size, (SEQ_LEN,), generator=generator)
-        for place in range(1, SEQ_LEN):  # one of four tokens follows, so there is much to learn
+        length = self.seq_len
+        tokens = torch.randint(self.vocab_size, (length,), generator=generator)
+        for place in range(1, length):  # one of four tokens follows, so there is much to learn
             tokens[place] = (3 * tokens[place - 1] + tokens[place] % 4) % self.vocab_size
         labels = tokens.roll(-1)
-        first = 3 + index % 9
+        first = length if self.one_document_per_row else 3 + index % 9
         labels[first - 1] = labels[-1] = IGNORED_LABEL
-        labels[: (index * 5) % 15] = IGNORED_LABEL
+        labels[: (index * 5) % (length - 1)] = IGNORED_LABEL
         padding = index % 4
-        positions = torch.cat([torch.arange(first), torch.arange(SEQ_LEN - first)])
-        documents = torch.where(torch.arange(SEQ_LEN) < first, 1, 2)
+        positions = torch.cat([torch.arange(first), torch.arange(length - first)])
+        documents = torch.where(torch.arange(length) < first, 1, 2)
         if padding:
             labels[-padding - 1 :] = IGNORED_LABEL
             documents[-padding:] = PADDING_DOCUMENT
+            positions[-padding:] = 0
         return Row(tokens_T=tokens, labels_T=labels, positions_T=positions, documents_T=documents)
 
 
@@ -56,17 +62,19 @@ def make_trainer(
     action: str = "stop",
     frozen: tuple[str, ...] = (),
     optimizer: OptimizerConfig = SMOOTH,
+    rows: RaggedRows | None = None,
 ) -> Trainer:
     """Build the trainer of one rank; a step has the same rows on any layout."""
     model, dims = build_case(case, frozen=frozen)
     batches = train_batches(
-        RaggedRows(),
+        rows or RaggedRows(),
         local_batch_size=local_batch_size,
         global_batch_size=ROWS_PER_STEP,
         batch_rank=dims.batch_rank,
         batch_degree=dims.batch_degree,
         start_row=0,
         dataloader=DataloaderConfig(),
+        pad_to_multiple=parallel_config(case).token_multiple,
     )
     return Trainer(
         model=model,
@@ -82,14 +90,17 @@ def make_trainer(
     )
 
 
-def held_out(dims: ParallelDims, num_rows: int) -> Iterator[Batch]:
+def held_out(
+    dims: ParallelDims, num_rows: int, *, case: Case | None = None, seq_len: int = SEQ_LEN
+) -> Iterator[Batch]:
     """Yield this rank's share of `num_rows` validation rows."""
     return validation_batches(
-        RaggedRows(rows_per_epoch=num_rows),
+        RaggedRows(rows_per_epoch=num_rows, seq_len=seq_len),
         local_batch_size=2,
         batch_rank=dims.batch_rank,
         batch_degree=dims.batch_degree,
         dataloader=DataloaderConfig(),
+        pad_to_multiple=parallel_config(case or Case()).token_multiple,
     )
 
 

@@ -1,0 +1,134 @@
+"""Rules on how ranks divide the work: degrees, heads, widths, rows of a batch, tokens of a row.
+
+That tokens can be dealt evenly needs no rule: rows are padded to a multiple of
+`ParallelConfig.token_multiple`.
+"""
+
+from engine.rules import Rule
+from models.attention import returns_lse
+
+LAYOUT_RULES = (
+    Rule(
+        id="degrees_that_do_not_divide_the_ranks",
+        keys=(
+            "parallelism.data_parallel_replicate_degree",
+            "parallelism.context_parallel_degree",
+            "parallelism.tensor_parallel_degree",
+        ),
+        applies=lambda f: (
+            f.config.parallelism.data_parallel_shard_degree == -1
+            and f.world_size % f.fixed_degrees != 0
+        ),
+        reason="their product {f.fixed_degrees} does not divide the {f.world_size} ranks",
+        remedy="lower a degree, or start a multiple of {f.fixed_degrees} ranks",
+    ),
+    Rule(
+        id="degrees_that_do_not_multiply_to_the_ranks",
+        keys=(
+            "parallelism.data_parallel_replicate_degree",
+            "parallelism.data_parallel_shard_degree",
+            "parallelism.context_parallel_degree",
+            "parallelism.tensor_parallel_degree",
+        ),
+        applies=lambda f: (
+            f.config.parallelism.data_parallel_shard_degree != -1
+            and f.fixed_degrees != f.world_size
+        ),
+        reason="their product is {f.fixed_degrees}, but the run has {f.world_size} ranks",
+        remedy="set data_parallel_shard_degree = -1 to infer it, or start {f.fixed_degrees} ranks",
+    ),
+    Rule(
+        id="heads_that_tensor_parallelism_does_not_divide",
+        keys=("parallelism.tensor_parallel_degree",),
+        applies=lambda f: f.decoder is not None and f.decoder.num_kv_heads % f.tp != 0,
+        reason=(
+            "it does not divide the {f.decoder.num_kv_heads} key/value heads (for "
+            "{f.decoder.num_heads} query heads) of the model"
+        ),
+        remedy="use a degree that does, and raise parallelism.data_parallel_shard_degree instead",
+    ),
+    Rule(
+        id="feed_forward_width_that_tensor_parallelism_does_not_divide",
+        keys=("parallelism.tensor_parallel_degree",),
+        applies=lambda f: f.decoder is not None and f.decoder.intermediate_size % f.tp != 0,
+        reason="it does not divide the feed-forward width {f.decoder.intermediate_size}",
+        remedy="use a degree that does",
+    ),
+    Rule(
+        id="global_batch_that_is_no_multiple_of_a_microbatch",
+        keys=("training.global_batch_size", "training.local_batch_size"),
+        applies=lambda f: (
+            f.config.training.global_batch_size > 0
+            and f.world_size % (f.cp * f.tp) == 0
+            and f.config.training.global_batch_size % f.rows_of_a_microbatch != 0
+        ),
+        reason=(
+            "the first is not a multiple of local_batch_size x data-parallel ranks "
+            "= {f.rows_of_a_microbatch}"
+        ),
+        remedy="change one of them, or set global_batch_size = -1 for one microbatch on each rank",
+    ),
+)
+
+CONTEXT_RULES = (
+    Rule(
+        id="heads_that_ulysses_does_not_divide",
+        keys=("parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"),
+        applies=lambda f: f.uses_context("ulysses") and f.local_heads % f.cp != 0,
+        reason=(
+            "context_parallel_mode = 'ulysses' deals the {f.local_heads} query heads of each "
+            "tensor-parallel rank to context-parallel ranks evenly"
+        ),
+        remedy="use a degree that divides them, or context_parallel_mode = 'ring' or 'allgather'",
+    ),
+    Rule(
+        id="key_heads_that_ulysses_cannot_deal",
+        keys=("parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"),
+        applies=lambda f: (
+            f.uses_context("ulysses")
+            and f.local_kv_heads > 0
+            and f.local_heads % f.cp == 0
+            and f.local_kv_heads % f.cp != 0
+            and f.cp % f.local_kv_heads != 0
+        ),
+        reason=(
+            "context_parallel_mode = 'ulysses' deals the {f.local_kv_heads} key/value heads of "
+            "each tensor-parallel rank evenly, or repeats each as often"
+        ),
+        remedy=(
+            "use a degree that divides them or that they divide, or context_parallel_mode = "
+            "'ring' or 'allgather'"
+        ),
+    ),
+    Rule(
+        id="ring_with_a_backend_that_returns_no_log_sum_exp",
+        keys=("parallelism.context_parallel_mode", "model.attention"),
+        applies=lambda f: f.uses_context("ring") and not returns_lse(f.attention),
+        reason=(
+            "the ring joins pieces of attention by their log-sum-exp, which {f.attention!r} does "
+            "not return"
+        ),
+        remedy="use another backend, or context_parallel_mode = 'allgather' or 'ulysses'",
+    ),
+    Rule(
+        id="rotate_method_that_another_mode_overrules",
+        keys=("parallelism.context_parallel_rotate_method", "parallelism.context_parallel_mode"),
+        applies=lambda f: (
+            f.cp > 1
+            and f.config.parallelism.context_parallel_rotate_method == "alltoall"
+            and f.config.parallelism.context_parallel_mode != "ring"
+        ),
+        reason="the mode is what says how keys and values travel",
+        remedy="write context_parallel_mode = 'ring', or leave the rotate method out",
+    ),
+    Rule(
+        id="unknown_load_balancer",
+        keys=("parallelism.context_parallel_load_balancer",),
+        applies=lambda f: (
+            f.cp > 1
+            and f.config.parallelism.context_parallel_load_balancer not in ("headtail", None)
+        ),
+        reason="there is no such way of dealing tokens to context-parallel ranks",
+        remedy="use 'headtail', or 'None' for contiguous parts",
+    ),
+)
