@@ -1,0 +1,23 @@
+"""`python -m engine.verify NAME …`: prove a promise on this machine before spending hours on it."""
+
+import sys
+
+from engine.cli import USER_MISTAKE_EXIT_CODE
+from engine.verify import command
+
+COMMANDS = {"parity": command.main}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command that the first word names; return its exit code."""
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
+    known = "\n".join(
+        f"  {name}: {(one.__doc__ or '').splitlines()[0]}" for name, one in COMMANDS.items()
+    )
+    print(f"python -m engine.verify NAME …, where NAME is one of\n{known}", file=sys.stderr)
+    return 0 if arguments in (["--help"], ["-h"]) else USER_MISTAKE_EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""`python -m engine.verify parity`: its command line, and the plans and ranks that it means."""
+
+import argparse
+import os
+import shlex
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.cli import USER_MISTAKE_EXIT_CODE, is_first_rank
+from engine.distributed import launched_world_size
+from engine.rules import usable_gpus
+from engine.verify.case import Case, parse
+from engine.verify.faults import FAULTS
+from engine.verify.plans import PlanList, list_plans
+from engine.verify.ranks import Job, check_plans, joined, run_here
+from engine.verify.refusals import Rules
+from engine.verify.report import EXIT_DIFFERENT, Report
+from engine.verify.subject import Subject, find_subject
+from models.registry import suggestion
+
+CPU_RANKS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a command line asks for, with everything decided."""
+
+    world_size: int
+    device_type: str
+    subject: Subject
+    model: str
+    plans: PlanList
+    fault: str | None
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's description."""
+    found = argparse.ArgumentParser(
+        prog="python -m engine.verify parity",
+        description="Compare plans with one fp32 process: the loss and every parameter's gradient. "
+        "Starts its own ranks, or joins those of torchrun. Exit code 0: all equal; 1: not equal, "
+        "or a rank was lost; 2: a mistake in the command; 3: a planted fault was not noticed.",
+        allow_abbrev=False,
+    )
+    plans = found.add_mutually_exclusive_group()
+    plans.add_argument("--plan", help='short text of one plan, such as "fsdp2-tp2-cp2-ring"')
+    plans.add_argument(
+        "--all", action="store_true", help="every layout that divides the ranks (the default)"
+    )
+    found.add_argument("--model", default="", help="family, family:size or folder; shrunk")
+    found.add_argument("--ranks", type=int, help=f"default: one a GPU, or {CPU_RANKS} on the CPU")
+    found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    found.add_argument("--fault", help='error to plant; "list" prints them')
+    found.add_argument("--out", type=Path, help="JSON record to write")
+    found.add_argument("--timeout_seconds", type=float, default=300.0, help="of one plan")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Compare every plan with one process: loss and gradients."""
+    options = parser().parse_args(arguments)
+    if options.fault == "list":
+        for name, fault in FAULTS.items():
+            print(f"{name}: {fault.sentence}")
+        return 0
+    try:
+        request = resolve(options)
+    except ValueError as error:
+        if is_first_rank():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_MISTAKE_EXIT_CODE
+    report = Report(
+        cases=request.plans.cases,
+        refused=request.plans.refused,
+        device_type=request.device_type,
+        world_size=request.world_size,
+        model=request.model,
+        fault=request.fault,
+        is_silent=not is_first_rank(),
+    )
+    job = Job(
+        cases=tuple(request.plans.cases),
+        subject=request.subject,
+        device_type=request.device_type,
+        fault=request.fault,
+        timeout_seconds=options.timeout_seconds,
+    )
+    report.begin()
+    if "RANK" in os.environ:
+        _run_launched(job, report)
+    else:
+        run_here(job, request.world_size, report.add)
+    code = report.end()
+    if options.out is not None and is_first_rank():
+        report.write(
+            options.out, shlex.join(["python", "-m", "engine.verify", "parity", *arguments])
+        )
+    return code
+
+
+def resolve(options: argparse.Namespace) -> Request:
+    """Decide ranks, device, model and plans; ValueError for a mistake of the user."""
+    case = parse(options.plan) if options.plan is not None else None
+    fault = options.fault
+    if fault is not None and fault not in FAULTS:
+        raise ValueError(
+            f"--fault {fault!r} is not known; {suggestion(fault, FAULTS)}use list, or one of "
+            f"{', '.join(FAULTS)}"
+        )
+    if case is None and fault is not None and not options.all:
+        case = FAULTS[fault].example
+    device_type, world_size = _place(options, case)
+    subject, model = find_subject(options.model, device_type)
+    subject = subject.for_ranks(world_size)
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    rules = Rules.of(subject, device_type, num_local_ranks)
+    plans = _plans(case, rules, world_size, own_model=bool(options.model))
+    if fault is not None:
+        plans = PlanList(cases=[one for one in plans.cases if FAULTS[fault].applies(one)])
+        if not plans.cases:
+            raise ValueError(
+                f"--fault {fault!r} needs a plan in which there is something to break; try --plan "
+                f"{FAULTS[fault].example}"
+            )
+    return Request(
+        world_size=world_size,
+        device_type=device_type,
+        subject=subject,
+        model=model,
+        plans=plans,
+        fault=fault,
+    )
+
+
+def _place(options: argparse.Namespace, case: Case | None) -> tuple[str, int]:
+    """Return the device type and the number of ranks."""
+    launched = launched_world_size() if "RANK" in os.environ else None
+    gpus = usable_gpus()
+    usual = gpus if gpus and options.device != "cpu" else CPU_RANKS
+    world_size = options.ranks or launched or (case.world_size if case else usual)
+    if options.ranks is not None and options.ranks < 1:
+        raise ValueError(f"--ranks {options.ranks}: give at least 1")
+    if launched is not None and launched != world_size:
+        raise ValueError(
+            f"--ranks {world_size}, but the launcher started {launched}; leave --ranks out"
+        )
+    if case is not None and case.world_size != world_size:
+        raise ValueError(
+            f"--plan {case} needs {case.world_size} ranks, but there are {world_size}; use degrees "
+            f"whose product is {world_size}, or {case.world_size} ranks"
+        )
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    if options.device == "cuda" and gpus < needed:
+        raise ValueError(
+            f"--device cuda, but this machine has {gpus} usable GPUs for {needed} ranks; give "
+            "fewer --ranks, or --device cpu"
+        )
+    on_cuda = options.device != "cpu" and gpus >= needed
+    return ("cuda" if on_cuda else "cpu"), world_size
+
+
+def _plans(case: Case | None, rules: Rules, world_size: int, *, own_model: bool) -> PlanList:
+    """Return the one plan that was asked for, or all of them."""
+    config = rules.subject.config
+    fixed = {"tied": config.tie_word_embeddings, "bias": False} if own_model else {}
+    if case is None:
+        return list_plans(
+            world_size, device_type=rules.device_type, refusal=rules.refusal, fixed=fixed
+        )
+    reason = rules.refusal(case)
+    if reason is not None:
+        raise ValueError(f"--plan {case} is refused: {reason}")
+    return PlanList(cases=[case])
+
+
+def _run_launched(job: Job, report: Report) -> None:
+    """Run the job on the ranks of a launcher, which ends the others when this one fails."""
+    try:
+        with joined(job) as host_group:
+            for row in check_plans(job, host_group):
+                report.add(row)
+    except BaseException:
+        plan = job.cases[len(report.rows)]
+        print(f"rank {os.environ['RANK']}, plan {plan}:", file=sys.stderr)
+        traceback.print_exc()
+        sys.stderr.flush()
+        # Past everything that would wait for ranks that are still in a collective.
+        os._exit(EXIT_DIFFERENT)

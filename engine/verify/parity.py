@@ -1,0 +1,285 @@
+"""One plan against one fp32 process: the loss and every parameter's gradient.
+
+The tests and `python -m engine.verify parity` compare through this file. `case.py` says what a
+plan is, `subject.py` which model is compared.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from engine.verify.case import Case
+from engine.verify.subject import TINY, Subject
+from models.decoder import DecoderConfig
+from models.initialise import initial_values
+from models.plan import ModelPlan
+from parallelisms import ParallelConfig, ParallelDims, parallelize
+from parallelisms.activation_checkpoint import ActivationCheckpointConfig
+from parallelisms.collectives import sum_over
+from parallelisms.compile import CompileConfig
+from parallelisms.context import split_tokens
+from parallelisms.fsdp import PrecisionConfig
+from parallelisms.materialise import fill, materialise
+
+FP32_REORDERED_SUM = 5e-6  # another order of the same sums; 4.5e-6 is the worst seen, most 2e-6
+FP32_OTHER_KERNELS = 2e-5  # a GPU's kernels add in an order that depends on the shapes
+BF16_ARITHMETIC = 0.1  # eight bits of mantissa through three blocks
+ZERO_GRADIENT_FLOOR = 1e-6  # below this a gradient counts as zero in theory
+IGNORED_LABEL = -100
+SEED = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How far one case is from one fp32 process."""
+
+    loss: float
+    reference_loss: float
+    worst_error: float
+    """Largest of max|gradient - reference| / max|reference| over the parameters."""
+
+    worst_name: str
+    """The parameter it belongs to."""
+
+    problems: tuple[str, ...] = ()
+    """Gradients that are missing, or zero everywhere where the reference's are not."""
+
+    @property
+    def loss_error(self) -> float:
+        """Return the difference of the losses, relative to the reference."""
+        return abs(self.loss - self.reference_loss) / abs(self.reference_loss)
+
+    def is_within(self, tolerance: float) -> bool:
+        """Say whether the loss and every gradient are; what is not a number never is."""
+        within = self.loss_error <= tolerance and self.worst_error <= tolerance
+        return within and not self.problems
+
+    def check(self, tolerance: float = FP32_REORDERED_SUM) -> None:
+        """Fail unless the loss and every gradient are within `tolerance`."""
+        assert self.is_within(tolerance), self
+
+
+def batch(case: Case, subject: Subject = TINY) -> dict[str, Tensor]:
+    """Return the global batch: two documents a row, and unevenly many labels that count."""
+    generator = torch.Generator().manual_seed(1)
+    num_tokens = subject.num_tokens
+    shape = (subject.num_rows, num_tokens)
+    tokens_BT = torch.randint(case.vocab, shape, generator=generator)
+    labels_BT = torch.randint(case.vocab, shape, generator=generator)
+    labels_BT[torch.rand(shape, generator=generator) < 0.3] = IGNORED_LABEL
+    labels_BT[0, 3:] = IGNORED_LABEL
+    first = num_tokens * 3 // 8 if case.packed else num_tokens
+    positions = torch.cat([torch.arange(first), torch.arange(num_tokens - first)])
+    documents = (torch.arange(num_tokens) >= first).long().add(1)
+    return {
+        "tokens_BT": tokens_BT,
+        "labels_BT": labels_BT,
+        "positions_BT": positions.expand(shape).contiguous(),
+        "documents_BT": documents.expand(shape).contiguous(),
+    }
+
+
+def forward(model: nn.Module, rows: dict[str, Tensor], case: Case) -> Tensor:
+    """Return the log-probabilities of the labels; rows of one document come without ids."""
+    rows = dict(rows)
+    if not case.packed:
+        del rows["documents_BT"]
+    return model(rows.pop("tokens_BT"), **rows)
+
+
+def start_values(model: nn.Module, config: DecoderConfig) -> Callable[[str, tuple], Tensor]:
+    """Draw the engine's initial values, with norms and biases moved off one and zero."""
+    draw = initial_values(model, config, seed=SEED)
+
+    def moved(name: str, slices: tuple[slice, ...]) -> Tensor:
+        values = draw(name, slices)
+        if values.ndim == 1:
+            rows = torch.arange(slices[0].start, slices[0].stop, dtype=torch.float32)
+            values = values + 0.1 * torch.sin(rows + len(name))
+        return values
+
+    return moved
+
+
+def reference_case(case: Case) -> Case:
+    """Return the single plain process that computes the same thing."""
+    kept = ("tied", "vocab", "bias", "packed")
+    return Case(**{name: getattr(case, name) for name in kept})
+
+
+@lru_cache(maxsize=32)
+def reference(
+    case: Case, subject: Subject = TINY, device_type: str = "cpu"
+) -> tuple[float, dict[str, Tensor]]:
+    """Return loss and gradients of one fp32 process that knows no parallelism."""
+    config = subject.sizes(case)
+    with torch.device(device_type):
+        model = subject.family.build(config)
+    fill(model, start_values(model, config))
+    rows = {name: value.to(device_type) for name, value in batch(case, subject).items()}
+    loss = -forward(model, rows, case).sum() / (rows["labels_BT"] != IGNORED_LABEL).sum()
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients
+
+
+def parallel_config(case: Case) -> ParallelConfig:
+    """Return the section of a configuration that asks for the layout of a case."""
+    fields: dict[str, Any] = {
+        "data_parallel_replicate_degree": case.replicate,
+        "data_parallel_shard_degree": case.shard,
+        "tensor_parallel_degree": case.tp,
+        "sequence_parallel": case.sequence,
+        "disable_loss_parallel": not case.loss_parallel,
+        "fsdp_reshard_after_forward": case.reshard,
+    }
+    if case.cp > 1:
+        fields |= {
+            "context_parallel_degree": case.cp,
+            "context_parallel_mode": case.context,
+            "context_parallel_load_balancer": "headtail" if case.balanced else None,
+        }
+    return ParallelConfig(**fields)
+
+
+def checkpoint_config(name: str) -> ActivationCheckpointConfig:
+    """Return the section of a checkpointing mode by its short name."""
+    if name in ("op", "2"):
+        return ActivationCheckpointConfig(mode="selective", selective_ac_option=name)
+    mode: Any = "memory_budget" if name == "budget" else name
+    return ActivationCheckpointConfig(mode=mode, memory_budget=0.4)
+
+
+def compile_config(case: Case) -> CompileConfig:
+    """Return the section that asks for the compiler of a case."""
+    return CompileConfig(enable=bool(case.backend), backend=case.backend or "inductor")
+
+
+def build_case(
+    case: Case,
+    *,
+    plan: ModelPlan | None = None,
+    frozen: tuple[str, ...] = (),
+    device_type: str = "cpu",
+    subject: Subject = TINY,
+    dims: ParallelDims | None = None,
+) -> tuple[Any, ParallelDims]:
+    """Return the parallel model of a case, with the reference's values, and its meshes.
+
+    `dims` are meshes of the same degrees that are built already. Every rank must call this.
+    """
+    config = subject.sizes(case)
+    parallel = parallel_config(case)
+    if dims is None:
+        dims = ParallelDims.of(parallel, case.world_size).build(device_type)
+    with torch.device("meta"):
+        model = subject.family.build(config)
+    parallelize(
+        model,
+        plan or subject.family.plan(config),
+        dims,
+        parallel=parallel,
+        precision=PrecisionConfig(
+            param_dtype=torch.bfloat16 if case.bfloat16 else torch.float32,
+            cpu_offload=case.offload,
+        ),
+        activation_checkpoint=checkpoint_config(case.checkpointing),
+        compile=compile_config(case),
+        frozen=frozen,
+    )
+    materialise(model, "cpu" if case.offload else device_type)
+    fill(model, start_values(model, config))
+    return model, dims
+
+
+def local_rows(rows: dict[str, Tensor], dims: ParallelDims, case: Case) -> dict[str, Tensor]:
+    """Return the rows that this rank reads, and of these the tokens that it holds."""
+    mine = {k: v.chunk(dims.batch_degree)[dims.batch_rank] for k, v in rows.items()}
+    return split_tokens(mine, dims)
+
+
+def train(model: nn.Module, dims: ParallelDims, case: Case, subject: Subject = TINY) -> float:
+    """Run forward and backward over this rank's rows; return the global loss."""
+    rows = {k: v.to(dims.device_type) for k, v in batch(case, subject).items()}
+    count = (rows["labels_BT"] != IGNORED_LABEL).sum()
+    mine = local_rows(rows, dims, case)
+    total = torch.zeros((), device=dims.device_type)
+    for index in range(case.accumulate):
+        part = {k: v.chunk(case.accumulate)[index].contiguous() for k, v in mine.items()}
+        loss = -forward(model, part, case).sum() / count
+        loss.backward()
+        total += loss.detach()
+    return sum_over(dims, "loss", total).item()
+
+
+def compare(
+    model: nn.Module,
+    loss: float,
+    case: Case,
+    *,
+    subject: Subject = TINY,
+    device_type: str = "cpu",
+) -> Comparison:
+    """Compare the loss and every gradient with the reference's; every rank must call this."""
+    reference_loss, expected = reference(reference_case(case), subject, device_type)
+    names = {name for name, _ in model.named_parameters()}
+    problems = [f"{name} is on one side only" for name in sorted(names ^ set(expected))]
+    worst_error, worst_name = 0.0, ""
+    for name, parameter in model.named_parameters():
+        if name not in expected:
+            continue
+        size = expected[name].abs().max().item()
+        if parameter.grad is None:
+            problems.append(f"{name} has no gradient")
+        gradient = _whole_gradient(parameter, device_type)
+        if parameter.grad is not None and size > ZERO_GRADIENT_FLOOR and not gradient.any():
+            problems.append(f"{name} is zero everywhere in its gradient")
+        difference = (gradient.float() - expected[name]).abs().max().item()
+        error = difference / max(size, ZERO_GRADIENT_FLOOR)
+        if not error <= worst_error:  # also when it is not a number
+            worst_error, worst_name = error, name
+    return Comparison(
+        loss=loss,
+        reference_loss=reference_loss,
+        worst_error=worst_error,
+        worst_name=worst_name,
+        problems=tuple(problems),
+    )
+
+
+def _whole_gradient(parameter: nn.Parameter, device_type: str) -> Tensor:
+    # A missing gradient joins as zeros: the other ranks may have theirs and wait to gather it.
+    gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    gradient = gradient.detach().to(device_type)
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def run_case(
+    case: Case,
+    *,
+    device_type: str = "cpu",
+    subject: Subject = TINY,
+    dims: ParallelDims | None = None,
+    plan: ModelPlan | None = None,
+) -> Comparison:
+    """Train one step and compare; every rank must call this."""
+    model, dims = build_case(case, plan=plan, device_type=device_type, subject=subject, dims=dims)
+    loss = train(model, dims, case, subject)
+    return compare(model, loss, case, subject=subject, device_type=device_type)
+
+
+def worst(comparisons: list[Comparison]) -> Comparison:
+    """Return the comparison of all ranks together: the largest error, and every problem."""
+
+    def size(one: Comparison) -> float:
+        return one.worst_error if one.worst_error == one.worst_error else float("inf")
+
+    found = max(comparisons, key=size)
+    loss = max(comparisons, key=lambda one: one.loss_error).loss
+    problems = dict.fromkeys(p for one in comparisons for p in one.problems)
+    return replace(found, loss=loss, problems=tuple(problems))

@@ -1,0 +1,190 @@
+"""Ranks that share the tokens of a row give the loss and gradients of one fp32 process."""
+
+import dataclasses
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from torch import Tensor
+
+import models.attention.sdpa
+from models.decoder import DECODER_PLAN
+from tests.parity.cases import (
+    BF16_ARITHMETIC,
+    FP32_REORDERED_SUM,
+    Case,
+    Comparison,
+    build_case,
+    compare,
+    run_case,
+    train,
+)
+from tests.ranks import RankFailure, RankPool
+
+MODES = ("allgather", "ring", "ulysses")
+
+
+def check(ranks: RankPool, case: Case, tolerance: float = FP32_REORDERED_SUM) -> None:
+    for result in ranks(case.world_size, run_case, case, timeout_seconds=280):
+        result.check(tolerance)
+
+
+ALONE = [
+    *(Case(cp=n, context=m, packed=p) for m, n, p in product(MODES, (2, 4), (True, False))),
+    Case(cp=2, balanced=False),
+    Case(cp=4, context="ring", balanced=False, packed=False),
+]
+
+
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_each_mode_gives_single_process_gradients(ranks: RankPool, case: Case) -> None:
+    check(ranks, case)
+
+
+LAYOUTS = [
+    Case(cp=2, tp=2),
+    Case(cp=2, tp=2, sequence=False),
+    Case(cp=2, shard=2),
+    Case(cp=2, replicate=2),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_each_mode_in_each_layout(ranks: RankPool, layout: Case, mode: str) -> None:
+    check(ranks, dataclasses.replace(layout, context=mode, packed=layout.tp > 1))
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "op"])
+@pytest.mark.parametrize("mode", MODES)
+def test_checkpointing_in_each_mode(ranks: RankPool, mode: str, checkpointing: str) -> None:
+    check(ranks, Case(cp=2, tp=2, context=mode, checkpointing=checkpointing, tied=True, vocab=61))
+
+
+SWITCHES = [
+    Case(cp=2, shard=2, context="ulysses", tied=True, accumulate=2, reshard="never"),
+    Case(cp=2, tp=2, context="ring", loss_parallel=False, bias=True, chunks=True),
+    Case(cp=2, replicate=2, accumulate=2, offload=True, attention="eager"),
+]
+
+
+@pytest.mark.parametrize("case", SWITCHES, ids=str)
+def test_other_switches(ranks: RankPool, case: Case) -> None:
+    check(ranks, case)
+
+
+EIGHT_RANKS = [
+    Case(cp=2, tp=2, shard=2, checkpointing="op"),
+    Case(cp=2, tp=2, shard=2, context="ring", checkpointing="full"),
+    Case(cp=2, tp=2, replicate=2, context="ulysses", tied=True, vocab=61),
+    Case(cp=2, shard=2, replicate=2, packed=False),
+    Case(cp=8, context="ulysses"),  # twice as many ranks as key/value heads
+]
+
+
+@pytest.mark.parametrize("case", EIGHT_RANKS, ids=str)
+def test_eight_ranks(ranks: RankPool, case: Case) -> None:
+    check(ranks, case)
+
+
+AOT_EAGER = [
+    Case(cp=2, checkpointing="op", backend="aot_eager"),
+    Case(cp=2, context="ulysses", checkpointing="full", packed=False, backend="aot_eager"),
+    Case(cp=2, tp=2, context="ulysses", checkpointing="op", backend="aot_eager"),
+    Case(cp=2, tp=2, context="ring", backend="aot_eager"),
+]
+
+
+@pytest.mark.parametrize("case", AOT_EAGER, ids=str)
+def test_compiled_blocks_give_the_same_gradients(ranks: RankPool, case: Case) -> None:
+    check(ranks, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_inductor_gives_the_same_gradients(ranks: RankPool, mode: str) -> None:
+    check(ranks, Case(cp=2, tp=2, context=mode, checkpointing="full", backend="inductor"))
+
+
+RING = [Case(cp=2, context="ring", checkpointing="op", packed=False, backend="aot_eager")]
+
+
+@pytest.mark.parametrize("case", RING, ids=str)
+def test_a_compiled_ring_with_checkpointing_gives_the_same_gradients(
+    ranks: RankPool, case: Case
+) -> None:
+    check(ranks, case)
+
+
+def attended_pieces(rank: int, world_size: int, case: Case) -> int:
+    """Return how often a step attends to a piece of the keys, forward or recomputed."""
+    attend = models.attention.sdpa.attend_with_lse
+    with patch.object(models.attention.sdpa, "attend_with_lse", side_effect=attend) as calls:
+        model, dims = build_case(case)
+        train(model, dims, case)
+        return calls.call_count
+
+
+@pytest.mark.parametrize(("checkpointing", "passes"), [("none", 1), ("op", 1), ("full", 2)])
+def test_checkpointing_by_operation_goes_round_the_ring_once(
+    ranks: RankPool, checkpointing: str, passes: int
+) -> None:
+    blocks, pieces = 3, 2
+    counts = ranks(2, attended_pieces, Case(cp=2, context="ring", checkpointing=checkpointing))
+    assert counts == [passes * blocks * pieces] * 2
+
+
+def test_bf16_compute_stays_near_fp32(ranks: RankPool) -> None:
+    check(ranks, Case(cp=2, shard=2, context="ulysses", bfloat16=True), BF16_ARITHMETIC)
+
+
+# The check itself: faults that nothing but the numbers would show.
+
+
+def without_one_hook(rank: int, world_size: int, mode: str) -> Comparison:
+    """Leave the attention of the middle block to this rank's tokens."""
+    case = Case(cp=2, context=mode, packed=False)
+    plan = dataclasses.replace(DECODER_PLAN, attention=("model.layers.[02].self_attn.core",))
+    model, dims = build_case(case, plan=plan)
+    return compare(model, train(model, dims, case), case)
+
+
+def test_attention_that_sees_one_ranks_tokens_only_is_caught(ranks: RankPool) -> None:
+    result = ranks(2, without_one_hook, "ulysses")[0]
+    assert result.worst_error > 0.05
+    with pytest.raises(AssertionError):
+        result.check()
+    for mode in ("allgather", "ring"):  # the mask is not one of this rank's tokens
+        with pytest.raises(RankFailure):
+            ranks(2, without_one_hook, mode)
+
+
+def without_the_sum(rank: int, world_size: int) -> Comparison:
+    """Keep of the gradients of keys and values only what this rank's queries add."""
+
+    def own_part(x: Tensor, dim: int, group: Any) -> Tensor:
+        return x.chunk(world_size, dim)[rank].contiguous()
+
+    case = Case(cp=2)
+    with patch("parallelisms.collectives._reduce_scatter", own_part):
+        model, dims = build_case(case)
+        return compare(model, train(model, dims, case), case)
+
+
+def with_tokens_dealt_otherwise(rank: int, world_size: int) -> Comparison:
+    """Deal the tokens in another order than the masks are made for."""
+    case = Case(cp=2)
+    model, dims = build_case(case)
+    loss = train(model, dataclasses.replace(dims, balanced=False), case)
+    return compare(model, loss, case)
+
+
+def test_a_gradient_that_is_not_added_over_ranks_is_caught(ranks: RankPool) -> None:
+    result = ranks(2, without_the_sum)[0]
+    assert abs(result.loss - result.reference_loss) <= FP32_REORDERED_SUM * result.loss
+    assert result.worst_error > 0.05
+
+
+def test_tokens_in_another_order_than_that_of_the_masks_are_caught(ranks: RankPool) -> None:
+    assert ranks(2, with_tokens_dealt_otherwise)[0].worst_error > 0.05
