@@ -106,7 +106,10 @@ def free_port() -> int:
 
 def data_cache(factory: pytest.TempPathFactory) -> Path:
     """The one cache folder of a test session, so that its tokenizer is trained once."""
-    return factory.getbasetemp() / "data-cache"
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in the session's
+        folder = folder.parent
+    return folder / "data-cache"
 
 
 def rows(run_folder: Path) -> list[dict[str, float]]:
