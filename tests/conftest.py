@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # Before torch loads: forked workers hang at their first matmul if the parent used more threads.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
@@ -12,3 +14,8 @@ os.environ.setdefault("TORCH_DISABLE_ADDR2LINE", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 pytest_plugins = ["tests.ranks"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what mostly waits, so that another process of the run works meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)

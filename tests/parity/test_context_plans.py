@@ -90,8 +90,8 @@ def test_eight_ranks(ranks: RankPool, case: Case) -> None:
 
 AOT_EAGER = [
     Case(cp=2, checkpointing="op", backend="aot_eager"),
-    Case(cp=2, context="ulysses", checkpointing="full", packed=False, backend="aot_eager"),
-    Case(cp=2, tp=2, context="ulysses", checkpointing="op", backend="aot_eager"),
+    Case(cp=2, context="ulysses", checkpointing="op", packed=False, backend="aot_eager"),
+    Case(cp=2, tp=2, context="ulysses", backend="aot_eager"),
     Case(cp=2, tp=2, context="ring", backend="aot_eager"),
 ]
 
@@ -102,9 +102,9 @@ def test_compiled_blocks_give_the_same_gradients(ranks: RankPool, case: Case) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["allgather", "ring"])
 def test_inductor_gives_the_same_gradients(ranks: RankPool, mode: str) -> None:
-    check(ranks, Case(cp=2, tp=2, context=mode, checkpointing="full", backend="inductor"))
+    check(ranks, Case(cp=2, context=mode, checkpointing="full", backend="inductor"))
 
 
 RING = [Case(cp=2, context="ring", checkpointing="op", packed=False, backend="aot_eager")]

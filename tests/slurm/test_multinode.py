@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from tests.slurm.cluster import NODES, Cluster, missing_daemons, wait_until
 
 SCRIPT = ROOT / "scripts" / "train_multinode.sbatch"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-STEPS = 400
+STEPS = 200
 
 pytestmark = [
     pytest.mark.slurm,
@@ -28,10 +29,12 @@ pytestmark = [
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    with Cluster(folder) as cluster:
+def cluster() -> Iterator[Cluster]:
+    # Near the root: the names of SLURM's sockets may have 108 characters.
+    with (
+        TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder,
+        Cluster(Path(folder)) as cluster,
+    ):
         yield cluster
 
 
