@@ -7,6 +7,8 @@ from torch import Tensor
 from engine.data.batch import IGNORED_LABEL, Batch
 from engine.objectives import combine
 from engine.objectives.pretrain import build
+from parallelisms.collectives import SequenceSum
+from parallelisms.mesh import ParallelDims
 
 
 def batch_of(labels: list[list[int]]) -> Batch:
@@ -23,8 +25,7 @@ def batch_of(labels: list[list[int]]) -> Batch:
     )
 
 
-def alone(sequence_total: Tensor) -> Tensor:
-    return sequence_total
+alone = SequenceSum(ParallelDims(dp_replicate=1, dp_shard=1, tp=1))
 
 
 def test_three_tokens_give_the_cross_entropy_worked_out_by_hand():
