@@ -10,7 +10,12 @@ from typing import Any
 from engine.logging import machine_report
 from engine.verify.case import Case
 from engine.verify.faults import FAULTS
-from engine.verify.parity import BF16_ARITHMETIC, FP32_OTHER_KERNELS, FP32_REORDERED_SUM
+from engine.verify.parity import (
+    BF16_ARITHMETIC,
+    BF16_ON_GPUS,
+    FP32_OTHER_KERNELS,
+    FP32_REORDERED_SUM,
+)
 from engine.verify.ranks import Row
 
 EXIT_EQUAL, EXIT_DIFFERENT, EXIT_FAULT_NOT_NOTICED = 0, 1, 3
@@ -18,9 +23,9 @@ EXIT_EQUAL, EXIT_DIFFERENT, EXIT_FAULT_NOT_NOTICED = 0, 1, 3
 
 def tolerance(case: Case, device_type: str) -> float:
     """Return the largest relative error of the loss and of a gradient that a plan may have."""
-    if case.bfloat16:
-        return BF16_ARITHMETIC
-    return FP32_OTHER_KERNELS if device_type == "cuda" else FP32_REORDERED_SUM
+    if device_type == "cuda":
+        return BF16_ON_GPUS if case.bfloat16 else FP32_OTHER_KERNELS
+    return BF16_ARITHMETIC if case.bfloat16 else FP32_REORDERED_SUM
 
 
 @dataclass(kw_only=True)
