@@ -190,6 +190,7 @@ def test_bf16_has_a_tolerance_of_its_own() -> None:
     assert tolerance(Case(), "cpu") == FP32_REORDERED_SUM
     assert tolerance(Case(bfloat16=True), "cpu") == BF16_ARITHMETIC
     assert FP32_REORDERED_SUM < tolerance(Case(), "cuda") < BF16_ARITHMETIC
+    assert tolerance(Case(), "cuda") < tolerance(Case(bfloat16=True), "cuda") == 6e-2
 
 
 def test_the_worst_of_all_ranks_counts() -> None:
