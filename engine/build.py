@@ -24,7 +24,9 @@ from engine.metrics import Meter, StepCosts, device_peak_flops
 from engine.model import Architecture, resolve_architecture
 from engine.optim import build_optimizer
 from engine.provenance import checkpoint_files
+from engine.rules import model_needs
 from engine.run_folder import RunFolder
+from engine.stalls import HOST_SYNCS_OF_A_STEP, StallWatch
 from engine.step import Trainer
 from models.flops import (
     attention_train_flops,
@@ -53,6 +55,7 @@ class Run:
     state: TrainingState
     checkpointer: Checkpointer
     meter: Meter
+    stalls: StallWatch
     validation: Callable[[], Iterable[Batch]] | None
     """Opens one pass over the held-out rows; None where the run does not validate."""
 
@@ -60,9 +63,7 @@ class Run:
 def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     """Build a run; every rank calls this together. A user's mistake is a ValueError."""
     dims = ParallelDims.of(config.parallelism, world.size).build(world.device.type)
-    architecture = resolve_architecture(
-        config.model, device_type=world.device.type, training=not config.validation.only
-    )
+    architecture = resolve_architecture(config.model, model_needs(config, world.device.type))
     tokenizer = open_tokenizer(config)
     check_combinations(config, dims, architecture.config, tokenizer.vocab_size)
     rows = None if config.validation.only else _open_training_rows(config, tokenizer)
@@ -95,14 +96,16 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     )
     _fill_weights(config, architecture, checkpointer, state)
     meter = _build_meter(config, world, architecture, state)
+    stalls = _build_stall_watch(config, world)
     return Run(
         config=config,
         world=world,
         folder=folder,
-        trainer=_build_trainer(config, world, dims, rows, state, meter),
+        trainer=_build_trainer(config, world, dims, rows, state, meter, stalls),
         state=state,
         checkpointer=checkpointer,
         meter=meter,
+        stalls=stalls,
         validation=validation,
     )
 
@@ -112,7 +115,10 @@ def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture)
     training = config.training
     rows = training.rows_per_step(dims.batch_degree)
     log.info("model: %s, %s, %s parameters", config.model.name, architecture.origin, f"{total:,}")
-    log.info("attention: %s; ranks: %s", architecture.config.attention, dims.describe())
+    sizes = architecture.config
+    log.info(
+        "attention: %s, kernels: %s; ranks: %s", sizes.attention, sizes.kernels, dims.describe()
+    )
     log.info("number formats: %s", precision_of(config).describe())
     log.info(
         "one step: %d rows of %d tokens, %s tokens",
@@ -284,6 +290,16 @@ def _build_meter(
     )
 
 
+def _build_stall_watch(config: JobConfig, world: World) -> StallWatch:
+    # Parameters and gradients in host memory are copied to and fro, and some copies are waited for.
+    offloads = config.training.enable_cpu_offload
+    return StallWatch(
+        world.device,
+        speaks=world.rank == 0,
+        host_syncs_by_design=None if offloads else HOST_SYNCS_OF_A_STEP,
+    )
+
+
 def _build_trainer(
     config: JobConfig,
     world: World,
@@ -291,6 +307,7 @@ def _build_trainer(
     rows: RowSource | None,
     state: TrainingState,
     meter: Meter,
+    stalls: StallWatch,
 ) -> Trainer:
     training = config.training
     rows_per_step = training.rows_per_step(dims.batch_degree)
@@ -318,6 +335,7 @@ def _build_trainer(
         rows_per_step=rows_per_step,
         microbatches=rows_per_step // (training.local_batch_size * dims.batch_degree),
         max_norm=training.max_norm,
+        watched=stalls.working,
     )
 
 

@@ -128,6 +128,42 @@ COMPILE_RULES = (
     ),
 )
 
+KERNEL_RULES = (
+    Rule(
+        id="liger_kernels_on_the_cpu",
+        keys=("model.kernels",),
+        applies=lambda f: f.asks_for_liger and f.device_type != "cuda",
+        reason="Liger's kernels run on GPUs only, and this run is on the CPU",
+        remedy="set model.kernels = 'auto', or train on a GPU",
+    ),
+    Rule(
+        id="liger_kernels_without_their_package",
+        keys=("model.kernels",),
+        applies=lambda f: (
+            f.is_here
+            and f.asks_for_liger
+            and f.device_type == "cuda"
+            and bool(f.missing & {"liger_kernel", "triton"})
+        ),
+        reason="the package liger-kernel is not installed, or triton, which it needs",
+        remedy="pip install liger-kernel, or set model.kernels = 'auto'",
+    ),
+    Rule(
+        id="liger_kernels_with_compile",
+        keys=("model.kernels", "compile.enable"),
+        applies=lambda f: f.asks_for_liger and f.config.compile.enable,
+        reason="the compiler fuses these operations with their neighbours, which Liger's prevent",
+        remedy="set model.kernels = 'torch', or compile.enable = false",
+    ),
+    Rule(
+        id="liger_kernels_with_tensor_parallelism",
+        keys=("model.kernels", "parallelism.tensor_parallel_degree"),
+        applies=lambda f: f.asks_for_liger and f.tp > 1,
+        reason="norms are given distributed tokens then, which Liger's gather and return whole",
+        remedy="set model.kernels = 'torch', or tensor_parallel_degree = 1",
+    ),
+)
+
 PRECISION_RULES = (
     Rule(
         id="compute_wider_than_the_stored_parameters",
@@ -220,6 +256,7 @@ RULES: Sequence[Rule] = (
     *CONTEXT_RULES,
     *DEVICE_RULES,
     *COMPILE_RULES,
+    *KERNEL_RULES,
     *PRECISION_RULES,
     *DATA_RULES,
     *CHECKPOINT_RULES,

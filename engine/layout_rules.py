@@ -5,7 +5,7 @@ That tokens can be dealt evenly needs no rule: rows are padded to a multiple of
 """
 
 from engine.rules import Rule
-from models.attention import returns_lse
+from models.attention import needs_whole_rows, returns_lse
 
 LAYOUT_RULES = (
     Rule(
@@ -109,6 +109,13 @@ CONTEXT_RULES = (
             "not return"
         ),
         remedy="use another backend, or context_parallel_mode = 'allgather' or 'ulysses'",
+    ),
+    Rule(
+        id="whole_rows_attended_where_keys_travel",
+        keys=("parallelism.context_parallel_mode", "model.attention"),
+        applies=lambda f: f.uses_context("allgather") and needs_whole_rows(f.attention),
+        reason="{f.attention!r} attends document by document and needs the queries of whole rows",
+        remedy="use context_parallel_mode = 'ulysses', or model.attention = 'flex'",
     ),
     Rule(
         id="rotate_method_that_another_mode_overrules",

@@ -120,7 +120,7 @@ def _train(run: Run, trackers: Trackers, signals: SignalWatcher) -> None:
         start_step=first_step - 1,
     )
     garbage = GarbageCollector(config.training.gc_freq, debug=config.training.gc_debug)
-    with profiler, garbage:
+    with profiler, garbage, run.stalls:
         for step in range(first_step, steps + 1):
             row = _take_step(run, step)
             if step == first_step:
@@ -170,7 +170,7 @@ def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
         loss=report.loss,
         grad_norm=report.grad_norm,
         lr=config.optimizer.lr * factor,
-        extra={"skipped_steps": run.trainer.nonfinite.num_skipped_steps},
+        extra={**run.stalls.take(), "skipped_steps": run.trainer.nonfinite.num_skipped_steps},
     )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from engine.hf_io import CONFIG_NAME, read_hf_config
 from models.attention import unsupported_reason
+from models.layers import liger
 from models.plan import ModelPlan
 from models.registry import ModelFamily, family_for_hf, load_family
 
@@ -39,8 +41,14 @@ class ModelConfig:
     print_after_conversion: bool = False
     """Print the model after the converters have run; without one it does nothing."""
 
-    attention: Literal["auto", "eager", "sdpa", "flex"] = "auto"
-    """Attention backend; auto takes flex on CUDA and sdpa elsewhere."""
+    attention: Literal["auto", "eager", "sdpa", "flex", "cudnn", "varlen", "flash"] = "auto"
+    """Attention backend; auto takes sdpa on the CPU and on CUDA the fastest that can run: cudnn
+    (package nvidia-cudnn-frontend, Hopper and later), else flex."""
+
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """What computes norms, SwiGLU, rotary embedding and the scores of labels: torch, or the Triton
+    kernels of the package liger-kernel, on GPUs without compile.enable and tensor parallelism;
+    auto takes Liger's wherever they can run."""
 
     freeze: list[str] = field(default_factory=list[str])
     """What is not trained: names of parameters or modules (`*` within one dot-separated part),
@@ -102,25 +110,67 @@ def find_architecture(config: ModelConfig) -> Architecture:
     )
 
 
-def choose_backend(config: ModelConfig, architecture: Architecture, *, device_type: str) -> str:
-    """Return the attention backend that `model.attention` asks for on this device."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelNeeds:
+    """What a run asks of the model's arithmetic."""
+
+    device_type: str
+    training: bool = True
+
+    dtype: torch.dtype | None = None
+    """That of queries, keys and values; None where it is not known."""
+
+    separate_operations: bool = False
+    """Blocks are run operation by operation on whole tensors: not compiled, not tensor-parallel."""
+
+    whole_rows: bool = True
+    """Queries meet the keys of their own rows only, as they do unless context parallelism hands
+    keys round."""
+
+    def refusal(self, backend: str, head_dim: int) -> str | None:
+        """Say why a backend cannot do this, or None if it can."""
+        return unsupported_reason(
+            backend,
+            device_type=self.device_type,
+            training=self.training,
+            head_dim=head_dim,
+            dtype=self.dtype,
+        )
+
+
+def choose_backend(config: ModelConfig, architecture: Architecture, needs: ModelNeeds) -> str:
+    """Return the attention backend that `model.attention` asks for."""
+    sizes = architecture.config
     if config.attention != "auto":
         return config.attention
-    # A flavor may ask for flex by name, on any device.
-    wants_flex = device_type == "cuda" or architecture.config.attention == "flex"
-    return "flex" if wants_flex else "sdpa"
+    if sizes.attention != "sdpa":  # a flavor asks for one by name, on any device
+        return sizes.attention
+    if needs.device_type != "cuda":
+        return "sdpa"
+    has_cudnn = needs.whole_rows and find_spec("cudnn") is not None
+    return "cudnn" if has_cudnn and needs.refusal("cudnn", sizes.head_dim) is None else "flex"
 
 
-def resolve_architecture(config: ModelConfig, *, device_type: str, training: bool) -> Architecture:
-    """Decide sizes and attention backend; raise ValueError where they cannot be had."""
+def choose_kernels(config: ModelConfig, needs: ModelNeeds) -> liger.Kernels:
+    """Return the kernels that `model.kernels` asks for."""
+    if config.kernels != "auto":
+        return config.kernels
+    # Llama 1B, 2 rows of 8,192 tokens, one H100: torch operation by operation 35,981 tokens/s,
+    # Liger 47,131, compiled 48,546 (scripts/bench/records/2026-11-24-h100-kernels-1gpu.json).
+    is_faster = needs.separate_operations
+    return "liger" if is_faster and liger.unsupported_reason(needs.device_type) is None else "torch"
+
+
+def resolve_architecture(config: ModelConfig, needs: ModelNeeds) -> Architecture:
+    """Decide sizes, attention backend and kernels; raise ValueError where they cannot be had."""
     architecture = find_architecture(config)
-    backend = choose_backend(config, architecture, device_type=device_type)
-    reason = unsupported_reason(
-        backend,
-        device_type=device_type,
-        training=training,
-        head_dim=architecture.config.head_dim,
-    )
+    backend = choose_backend(config, architecture, needs)
+    reason = needs.refusal(backend, architecture.config.head_dim)
     if reason is not None:
         raise ValueError(f"model.attention = {config.attention!r} cannot run here: {reason}")
-    return replace(architecture, config=replace(architecture.config, attention=backend))
+    kernels = choose_kernels(config, needs)
+    reason = liger.unsupported_reason(needs.device_type) if kernels == "liger" else None
+    if reason is not None:
+        raise ValueError(f"model.kernels = {config.kernels!r} cannot run here: {reason}")
+    sizes = replace(architecture.config, attention=backend, kernels=kernels)
+    return replace(architecture, config=sizes)

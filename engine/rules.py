@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.model import choose_backend, find_architecture
+from engine.model import ModelNeeds, choose_backend, find_architecture
 from engine.schema import value_of
-from models.attention import unsupported_reason
 from models.decoder import DecoderConfig
 
 if TYPE_CHECKING:
@@ -103,14 +102,17 @@ class Facts:
     def attention_refusal(self) -> str | None:
         """Why the attention backend cannot run on this device."""
         head_dim = self.decoder.head_dim if self.decoder else 64
-        return unsupported_reason(
-            self.attention, device_type=self.device_type, training=self.trains, head_dim=head_dim
-        )
+        return model_needs(self.config, self.device_type).refusal(self.attention, head_dim)
 
     @property
     def compiles_model(self) -> bool:
         """Whether blocks are compiled."""
         return self.config.compile.enable and "model" in self.config.compile.components
+
+    @property
+    def asks_for_liger(self) -> bool:
+        """Whether Liger's kernels are asked for by name."""
+        return self.config.model.kernels == "liger"
 
     def uses_inductor(self, device_type: str) -> bool:
         """Whether this machine will compile with inductor for such a device."""
@@ -155,9 +157,24 @@ class Rule:
         return f"{shown}: {self.reason.format(f=facts)}; {self.remedy.format(f=facts)}"
 
 
+def model_needs(config: "JobConfig", device_type: str) -> ModelNeeds:
+    """Return what a configuration asks of the model's arithmetic on such a device."""
+    parallelism = config.parallelism
+    return ModelNeeds(
+        device_type=device_type,
+        training=not config.validation.only,
+        dtype=getattr(torch, config.training.mixed_precision_param),
+        separate_operations=(not config.compile.enable and parallelism.tensor_parallel_degree == 1),
+        whole_rows=(
+            parallelism.context_parallel_degree == 1
+            or parallelism.context_parallel_mode == "ulysses"
+        ),
+    )
+
+
 def missing_extras() -> frozenset[str]:
     """Return which optional packages and programs that rules name are not installed."""
-    missing = {name for name in ("wandb", "triton") if find_spec(name) is None}
+    missing = {name for name in ("wandb", "triton", "liger_kernel") if find_spec(name) is None}
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
     if not any(shutil.which(name) for name in compilers):
         missing.add("a C++ compiler")
@@ -195,5 +212,5 @@ def gather_facts(
         architecture = find_architecture(config.model)
     except ValueError as error:
         return facts, [str(error)]
-    backend = choose_backend(config.model, architecture, device_type=device_type)
+    backend = choose_backend(config.model, architecture, model_needs(config, device_type))
     return replace(facts, decoder=architecture.config, attention=backend), []

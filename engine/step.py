@@ -1,6 +1,7 @@
 """One optimizer update: counts, microbatches, clipping, step. When to do what is in `loop.py`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -118,6 +119,8 @@ class Trainer:
     """Forward passes of one update on each data-parallel rank."""
 
     max_norm: float
+    watched: Callable[[int], AbstractContextManager[object]] = nullcontext
+    """Given the step's number, entered for what the step does once its rows are there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +149,7 @@ def model_inputs(batch: Batch) -> dict[str, Tensor | None]:
     return {
         "positions_BT": batch.positions_BT,
         "documents_BT": None if batch.one_document_per_row else batch.documents_BT,
+        "document_offsets": None if batch.one_document_per_row else batch.document_offsets,
         "labels_BT": batch.labels_BT,
     }
 
@@ -187,25 +191,32 @@ def accumulate_gradients(
 
 def measure(batch: Batch, objective: Objective) -> dict[str, Tensor]:
     """Count what whole rows hold: what the objective divides by, and what is reported."""
-    device = batch.tokens_BT.device
+    squared = batch.squared_document_tokens
     return {
         **objective.counts(batch),
         "tokens": (batch.documents_BT != PADDING_DOCUMENT).sum(),
         "trained_tokens": (batch.labels_BT != IGNORED_LABEL).sum(),
-        "squared_document_tokens": torch.tensor(batch.squared_document_tokens, device=device),
+        # Written by the device: copied to it with torch.tensor, the host would wait.
+        "squared_document_tokens": torch.full((), squared, device=batch.tokens_BT.device),
     }
 
 
 def train_step(trainer: Trainer, step: int) -> StepReport:
     """Run optimizer update `step` over the next microbatches. Every rank must call this."""
-    objective, dims = trainer.objective, trainer.dims
     batches = [next(trainer.batches).to(trainer.device) for _ in range(trainer.microbatches)]
+    with trainer.watched(step):
+        return _update(trainer, step, batches)
+
+
+def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport:
+    objective, dims = trainer.objective, trainer.dims
     counts = sum_globally([measure(batch, objective) for batch in batches], dims, "batch")
     sums = sum_globally(accumulate_gradients(trainer, batches, counts), dims, "loss")
 
     norm = clip_gradients(trainer.model.parameters(), trainer.max_norm)
     loss = combine(sums, counts, objective.coefficients)
-    # The one host synchronisation of a step. All values are global: every rank takes one branch.
+    # The one host synchronisation of a step; `stalls.py` tells of any other. All values are
+    # global: every rank takes one branch.
     values = torch.stack([loss, norm.double(), *counts.values()]).tolist()
     amounts = dict(zip(counts, values[2:], strict=True))
     updated = trainer.nonfinite.allows_update(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.metrics import MetricsConfig
+from engine.stalls import HOST_SYNCS_OF_A_STEP
 
 log = logging.getLogger("tessera")
 
@@ -168,7 +169,10 @@ class Console:
 
 
 def format_row(step: int, total_steps: int, values: Values) -> str:
-    """Return the log line of a row: the same keys in the same order, with their units."""
+    """Return the log line of a row: the same keys in the same order, with their units.
+
+    `compilations` and `host_syncs` are there only if there were more than a step is built to make.
+    """
     parts = [f"step {step}/{total_steps}"]
     parts += [
         text.format(value)
@@ -183,6 +187,10 @@ def format_row(step: int, total_steps: int, values: Values) -> str:
         )
         if (value := values.get(key)) is not None
     ]
+    if compilations := values.get("compilations"):
+        parts.append(f"compilations {compilations:.0f}")
+    if (syncs := values.get("host_syncs")) is not None and syncs > HOST_SYNCS_OF_A_STEP:
+        parts.append(f"host_syncs {syncs:.1f}")
     if (seconds := values.get("seconds_left")) is not None:
         parts.append(f"left {format_duration(seconds)}")
     return " | ".join(parts)

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from models.attention import AttentionCore, AttentionMask, AttentionMasks
 from models.layers.head import LMHead
+from models.layers.liger import Kernels
 from models.layers.mlp import GatedMLP
 from models.layers.norm import RMSNorm
-from models.layers.rope import RopeConfig, Rotary, RotaryEmbedding, rotate
+from models.layers.rope import RopeConfig, Rotary, RotaryEmbedding, rotate_both
 from models.plan import ModelPlan
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ class DecoderConfig:
     attention: str = "sdpa"
     """Attention backend, a file name of `models/attention/`."""
 
+    kernels: Kernels = "torch"
+    """What computes norms, SwiGLU, rotary embedding and the scores of labels; see
+    `models/layers/liger.py`."""
+
     head_chunk_tokens: int = 4096
     """Tokens whose logits the head holds at once when it scores labels."""
 
@@ -134,6 +139,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, width, bias=bias)
         self.core = AttentionCore(config.attention)
+        self.kernels: Kernels = config.kernels
 
     def forward(
         self,
@@ -148,7 +154,7 @@ class Attention(nn.Module):
         q_BTHC = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BSKC = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BSKC = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        q_BTHC, k_BSKC = rotate(q_BTHC, rotary), rotate(k_BSKC, rotary)
+        q_BTHC, k_BSKC = rotate_both(q_BTHC, k_BSKC, rotary, kernels=self.kernels)
         if cache is not None:
             k_BSKC, v_BSKC = cache.append(k_BSKC, v_BSKC)
         return self.o_proj(self.core(q_BTHC, k_BSKC, v_BSKC, mask=mask).flatten(-2))
@@ -159,10 +165,11 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        width, eps, kernels = config.hidden_size, config.norm_eps, config.kernels
+        self.input_layernorm = RMSNorm(width, eps=eps, kernels=kernels)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.post_attention_layernorm = RMSNorm(width, eps=eps, kernels=kernels)
+        self.mlp = GatedMLP(width, config.intermediate_size, bias=config.mlp_bias, kernels=kernels)
 
     def forward(
         self,
@@ -187,7 +194,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, kernels=config.kernels)
 
     def forward(
         self,
@@ -219,6 +226,7 @@ class DecoderLM(nn.Module):
             config.vocab_size,
             chunk_tokens=config.head_chunk_tokens,
             recompute_logits=config.head_recompute_logits,
+            kernels=config.kernels,
         )
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -229,6 +237,7 @@ class DecoderLM(nn.Module):
         *,
         positions_BT: Tensor,
         documents_BT: Tensor | None = None,
+        document_offsets: Tensor | None = None,
         labels_BT: Tensor | None = None,
         cache: "KVCache | None" = None,
     ) -> Tensor:
@@ -236,10 +245,14 @@ class DecoderLM(nn.Module):
 
         A token sees the tokens of its own document up to its position. Without `documents_BT`
         each row is one document with positions 0 to T-1, with or without padding after it.
+        Backends that attend document by document also need `document_offsets`: where each begins in
+        the joined rows, then B x T, int32; a row's padding is a document, and some may be empty.
         A label of -100 scores 0. With a cache, keys and values of earlier calls are seen too.
         """
         keys = None if cache is None else cache.extend(positions_BT, documents_BT)
-        mask = self.masks(positions_BT, documents_BT=documents_BT, keys=keys)
+        mask = self.masks(
+            positions_BT, documents_BT=documents_BT, document_offsets=document_offsets, keys=keys
+        )
         x_BTD = self.model(tokens_BT, rotary=self.rotary(positions_BT), mask=mask, cache=cache)
         return self.lm_head(x_BTD, labels_BT=labels_BT)
 

@@ -51,13 +51,6 @@ class ModelFamily:
         """Return the named size; ValueError lists the sizes there are."""
         if name in self.flavors:
             return self.flavors[name]
-        if name.endswith(("_varlen", "_varlen_attn")):
-            size = name.split("_varlen")[0]
-            raise ValueError(
-                f"model.flavor = {name!r} asks for variable-length attention kernels, which are "
-                f"not there yet; use model.flavor = {size!r}, which never lets documents of a "
-                "row see each other either, or the same with '_flex' on GPUs"
-            )
         raise ValueError(
             f"model.flavor = {name!r} is not a size of {self.name}; "
             f"{suggestion(name, self.flavors)}use one of {', '.join(self.flavors)}"

@@ -22,6 +22,12 @@ import parallelisms.context.ring  # noqa: F401  it names an operator of its own
 
 Forward = Callable[..., Any]
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+DOCUMENT_ATTENTION = (
+    ("tessera", "cudnn_attention"),
+    ("torch_attn", "_varlen_attn"),
+    ("flash_attn", "_flash_attn_varlen_forward"),
+)
+"""Operators of attention document by document; each is there once its backend is imported."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,10 +152,16 @@ def _costly_operations() -> frozenset[Any]:
         "_scaled_dot_product_fused_attention_overrideable",
     )
     attention = {getattr(aten, name).default for name in names if hasattr(aten, name)}
+    documents = {
+        getattr(getattr(torch.ops, library), name).default
+        for library, name in DOCUMENT_ATTENTION
+        if hasattr(getattr(torch.ops, library), name)
+    }
     functional = torch.ops._c10d_functional
     collectives = {functional.reduce_scatter_tensor.default, functional.all_to_all_single.default}
     ring = torch.ops.tessera.ring_attention.default
-    return frozenset({*MATRIX_PRODUCTS, *attention, *collectives, flex_attention, ring})
+    kept = {*MATRIX_PRODUCTS, *attention, *documents, *collectives, flex_attention, ring}
+    return frozenset(kept)
 
 
 def _keep_costly_results(recomputed_shapes: frozenset[tuple[int, ...]]) -> Callable[[], Any]:

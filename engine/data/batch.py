@@ -10,6 +10,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 PADDING_DOCUMENT = 0
+FEWEST_DOCUMENTS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,9 @@ class Batch:
     labels_BT: Tensor
     positions_BT: Tensor
     documents_BT: Tensor
+
+    document_offsets: Tensor
+    """Where each document of the rows, joined, begins; see `document_offsets`."""
 
     rows_B: Tensor
     """Global row numbers, int64, -1 for a filler row that trains nothing."""
@@ -80,10 +84,26 @@ def collate(
         labels_BT=_stack([row.labels_T for row in rows], padding, IGNORED_LABEL),
         positions_BT=_stack([row.positions_T for row in rows], padding, 0),
         documents_BT=documents_BT,
+        document_offsets=document_offsets(documents_BT),
         rows_B=torch.tensor([number for number, _ in numbered_rows]),
         one_document_per_row=one_document_per_row,
         squared_document_tokens=sum(int(length.square().sum()) for length in lengths),
     )
+
+
+def document_offsets(documents_BT: Tensor) -> Tensor:
+    """Return where each document begins in the joined rows, then all their tokens: int32 (N + 1,).
+
+    No document goes on in the next row, and a row's padding is one. N is a power of two, at least
+    `FEWEST_DOCUMENTS`, so that few lengths occur; documents beyond those there are empty.
+    """
+    is_first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    is_first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    begins = is_first_BT.flatten().nonzero().squeeze(1)
+    size = max(FEWEST_DOCUMENTS, 1 << (len(begins) - 1).bit_length())
+    offsets = torch.full((size + 1,), documents_BT.numel(), dtype=torch.int32)
+    offsets[: len(begins)] = begins
+    return offsets
 
 
 def _stack(values_T: Sequence[Tensor], padding: int, value: int) -> Tensor:

@@ -4,13 +4,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from models.layers.liger import Kernels
 from models.registry import suggestion
 
 CONTEXT_MODES = ("allgather", "ring", "ulysses")
 CHECKPOINTING = ("none", "full", "op", "2", "budget")
 RESHARD = ("default", "always", "never")
 BACKENDS = ("aot_eager", "inductor")
-ATTENTION = ("eager", "sdpa", "flex")
+KERNELS = ("torch", "liger")
+ATTENTION = ("eager", "sdpa", "flex", "cudnn", "varlen", "flash")
 
 DEGREES = {"rep": "replicate", "fsdp": "shard", "tp": "tp", "cp": "cp"}
 """Word of the text form that a degree follows -> field."""
@@ -37,6 +39,7 @@ class Case:
     checkpointing: str = "none"
     backend: str = ""  # of torch.compile; empty is eager
     attention: str = "sdpa"
+    kernels: Kernels = "torch"
     vocab: int = 64
     packed: bool = True
     accumulate: int = 1
@@ -78,6 +81,7 @@ WORDS: Mapping[str, tuple[str, object]] = {
     **{f"ac-{mode}": ("checkpointing", mode) for mode in CHECKPOINTING[1:]},
     **{name: ("backend", name) for name in BACKENDS},
     **{f"attention-{name}": ("attention", name) for name in ATTENTION if name != "sdpa"},
+    **{name: ("kernels", name) for name in KERNELS[1:]},
     "unpacked": ("packed", False),
     **{f"reshard-{name}": ("reshard", name) for name in RESHARD[1:]},
     **{name: (name, True) for name in ("tied", "bias", "chunks", "offload", "bfloat16")},

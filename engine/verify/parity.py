@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from engine.data.batch import document_offsets
 from engine.verify.case import Case
 from engine.verify.subject import TINY, Subject
 from models.decoder import DecoderConfig
@@ -85,11 +86,18 @@ def batch(case: Case, subject: Subject = TINY) -> dict[str, Tensor]:
     }
 
 
+def with_offsets(rows: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return rows, or a rank's part of them, with the document offsets of whole ones like these."""
+    documents_BT = whole["documents_BT"][: len(rows["tokens_BT"])]
+    return {**rows, "document_offsets": document_offsets(documents_BT)}
+
+
 def forward(model: nn.Module, rows: dict[str, Tensor], case: Case) -> Tensor:
     """Return the log-probabilities of the labels; rows of one document come without ids."""
     rows = dict(rows)
     if not case.packed:
-        del rows["documents_BT"]
+        for name in ("documents_BT", "document_offsets"):
+            rows.pop(name, None)
     return model(rows.pop("tokens_BT"), **rows)
 
 
@@ -123,6 +131,7 @@ def reference(
         model = subject.family.build(config)
     fill(model, start_values(model, config))
     rows = {name: value.to(device_type) for name, value in batch(case, subject).items()}
+    rows = with_offsets(rows, rows)
     loss = -forward(model, rows, case).sum() / (rows["labels_BT"] != IGNORED_LABEL).sum()
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -212,6 +221,7 @@ def train(model: nn.Module, dims: ParallelDims, case: Case, subject: Subject = T
     total = torch.zeros((), device=dims.device_type)
     for index in range(case.accumulate):
         part = {k: v.chunk(case.accumulate)[index].contiguous() for k, v in mine.items()}
+        part = with_offsets(part, rows)
         loss = -forward(model, part, case).sum() / count
         loss.backward()
         total += loss.detach()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-from engine.verify.case import CHECKPOINTING, CONTEXT_MODES, DEFAULTS, RESHARD, Case
+from engine.verify.case import CHECKPOINTING, CONTEXT_MODES, DEFAULTS, KERNELS, RESHARD, Case
 
 Item = tuple[str, object]
 Choices = Mapping[str, tuple[object, ...]]
@@ -27,6 +27,9 @@ SWITCHES: Choices = {
 }
 """What an eager fp32 plan chooses from; 61 is a vocabulary that no degree divides."""
 
+GPU_ATTENTION = ("cudnn", "flex", "sdpa", "varlen")
+"""Backends that bf16 plans on GPUs choose from."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanList:
@@ -41,8 +44,9 @@ def list_plans(
 ) -> PlanList:
     """Return the plans of all of `world_size` ranks that a device of this type is checked with.
 
-    Eager fp32: every layout, and each two choices together in some plan. Compiled fp32, and bf16
-    compute: each choice in some plan. `fixed` holds switches that the model decides.
+    Eager fp32: every layout, and each two choices together in some plan. Compiled fp32, bf16
+    compute, and on GPUs Liger's kernels: each choice in some plan. `fixed` holds switches that the
+    model decides.
     """
     found = PlanList()
     layouts = [replace(layout, **fixed) for layout in every_layout(world_size)]
@@ -56,7 +60,9 @@ def list_plans(
     cover(found, compiled, every_mode, refusal, together=1)
     bf16 = dict(switches)
     if device_type == "cuda":  # how GPUs train; on the CPU a compiler only costs time here
-        bf16 = {"backend": (compiler, ""), "attention": ("flex", "sdpa"), **switches}
+        cover(found, [replace(c, kernels="liger") for c in layouts], {}, refusal, together=1)
+        kernels = {"backend": (compiler, ""), "attention": GPU_ATTENTION, "kernels": KERNELS}
+        bf16 = {**kernels, **switches}
     cover(found, [replace(c, bfloat16=True) for c in layouts], bf16, refusal, together=1)
     return found
 

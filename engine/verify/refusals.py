@@ -66,7 +66,11 @@ def job_config(case: Case, subject: Subject) -> JobConfig:
     """Return the configuration of a run that does what a case does."""
     rows = subject.num_rows // (case.replicate * case.shard * case.accumulate)
     return JobConfig(
-        model=ModelConfig(name=subject.family_name, attention=case.attention),  # pyright: ignore[reportArgumentType]
+        model=ModelConfig(
+            name=subject.family_name,
+            attention=case.attention,  # pyright: ignore[reportArgumentType]
+            kernels=case.kernels,
+        ),
         training=TrainingConfig(
             seq_len=subject.num_tokens,
             local_batch_size=max(rows, 1),

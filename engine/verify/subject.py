@@ -40,6 +40,7 @@ class Subject:
             attention_bias=self.config.attention_bias or case.bias,
             mlp_bias=self.config.mlp_bias or case.bias,
             attention=case.attention,
+            kernels=case.kernels,
             head_chunk_tokens=int(self.num_tokens * CHUNK) if case.chunks else 4096,
         )
 

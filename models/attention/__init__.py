@@ -33,6 +33,10 @@ class AttentionMask:
     is_causal: bool
     """Queries are the keys and a row is one document: causal attention suffices."""
 
+    document_offsets: Tensor | None = None
+    """Where each document begins in the joined rows of queries, which are the keys; see
+    `DecoderLM.forward`."""
+
     prepared: object = None
     """What the backend made of the above."""
 
@@ -58,8 +62,10 @@ class Backend(Protocol):
         """Return the attended values (B, T, H, C)."""
         ...
 
-    def unsupported_reason(self, *, device_type: str, training: bool, head_dim: int) -> str | None:
-        """Say why the backend cannot do this here, or None if it can."""
+    def unsupported_reason(
+        self, *, device_type: str, training: bool, head_dim: int, dtype: torch.dtype | None
+    ) -> str | None:
+        """Say why the backend cannot do this here, or None if it can; `dtype` None is any."""
         ...
 
 
@@ -116,19 +122,44 @@ def backend_names() -> tuple[str, ...]:
 
 
 def unsupported_reason(
-    backend: str, *, device_type: str, training: bool, head_dim: int
+    backend: str,
+    *,
+    device_type: str,
+    training: bool,
+    head_dim: int,
+    dtype: torch.dtype | None = None,
 ) -> str | None:
-    """Say why a backend cannot run on such a device, and what to do; None if it can."""
+    """Say why a backend cannot run on such a device, and what to do; None if it can.
+
+    `dtype` is that of queries, keys and values, None where it is not known.
+    """
     reason = load_member(__name__, backend, "unsupported_reason")
-    return reason(device_type=device_type, training=training, head_dim=head_dim)
+    return reason(device_type=device_type, training=training, head_dim=head_dim, dtype=dtype)
+
+
+def needs_whole_rows(backend: str) -> bool:
+    """Say whether a backend attends document by document, so that keys must be the queries'."""
+    return bool(_optional_member(backend, "NEEDS_WHOLE_ROWS"))
 
 
 def returns_lse(backend: str) -> bool:
     """Say whether a backend can attend piece by piece; see `PieceBackend`."""
-    return all(_piece_function(backend, name) is not None for name in PIECE_FUNCTIONS)
+    return all(_optional_member(backend, name) is not None for name in PIECE_FUNCTIONS)
 
 
-def _piece_function(backend: str, name: str) -> Any:
+def whole_row_offsets(mask: AttentionMask) -> Tensor:
+    """Return the document offsets of a mask, for backends that need whole rows."""
+    if mask.document_offsets is None:
+        raise ValueError(
+            "the attention backend attends document by document and needs document_offsets beside "
+            "documents_BT; give them, or use 'flex' or 'sdpa'"
+        )
+    # Its length changes with the number of documents; blocks are compiled once for all.
+    torch._dynamo.maybe_mark_dynamic(mask.document_offsets, 0)
+    return mask.document_offsets
+
+
+def _optional_member(backend: str, name: str) -> Any:
     load_member(__name__, backend, "attend")  # refuses an unknown backend
     return getattr(
         import_module(backend if "." in backend else f"{__name__}.{backend}"), name, None
@@ -149,12 +180,14 @@ class AttentionMasks(nn.Module):
         positions_BT: Tensor,
         *,
         documents_BT: Tensor | None = None,
+        document_offsets: Tensor | None = None,
         keys: tuple[Tensor, Tensor | None] | None = None,
     ) -> AttentionMask:
         """Return the mask of queries at `positions_BT`.
 
         `keys` gives positions and documents of the keys where these are not the queries.
         """
+        assert keys is None or not needs_whole_rows(self.backend), "refused where it is chosen"
         reason = unsupported_reason(
             self.backend,
             device_type=positions_BT.device.type,
@@ -170,6 +203,7 @@ class AttentionMasks(nn.Module):
             query_documents_BT=documents_BT,
             key_documents_BS=key_documents_BS,
             is_causal=keys is None and documents_BT is None,
+            document_offsets=document_offsets,
         )
         return replace(mask, prepared=self.prepare(mask))
 
@@ -183,7 +217,7 @@ class AttentionCore(nn.Module):
         self.attend = load_member(__name__, backend, "attend")
         # None where the backend cannot attend piece by piece.
         self.mask_tensors, self.attend_with_lse, self.attend_backward = (
-            _piece_function(backend, name) for name in PIECE_FUNCTIONS
+            _optional_member(backend, name) for name in PIECE_FUNCTIONS
         )
 
     def forward(

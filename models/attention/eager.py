@@ -102,5 +102,7 @@ def _finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
-def unsupported_reason(*, device_type: str, training: bool, head_dim: int) -> None:
+def unsupported_reason(
+    *, device_type: str, training: bool, head_dim: int, dtype: torch.dtype | None
+) -> None:
     """Return None: it runs everywhere."""

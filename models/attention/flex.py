@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import (
 from models.attention import AttentionMask
 
 SMALLEST_HEAD_DIM = 16
+BLOCK_TOKENS = 128
 BLOCK_TENSORS = (
     *("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"),
     *("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"),
@@ -39,7 +40,15 @@ def prepare(mask: AttentionMask) -> BlockMask:
     rows, num_queries = mask.query_positions_BT.shape
     rows = None if mask.is_causal else rows
     num_keys = mask.key_positions_BS.shape[1]
-    return make(_mask_function(_sources(mask)), rows, None, num_queries, num_keys, device=device)
+    return make(
+        _mask_function(_sources(mask)),
+        rows,
+        None,
+        num_queries,
+        num_keys,
+        device=device,
+        BLOCK_SIZE=BLOCK_TOKENS,
+    )
 
 
 def _sources(mask: AttentionMask) -> list[Tensor]:
@@ -149,7 +158,12 @@ def _attend_piece(
         sources, tensors = mask[: -len(BLOCK_TENSORS)], mask[-len(BLOCK_TENSORS) :]
         named: dict[str, Any] = dict(zip(BLOCK_TENSORS, tensors, strict=True))
         lengths = (q_BTHC.shape[1], k_BSKC.shape[1])
-        blocks = BlockMask(seq_lengths=lengths, mask_mod=_mask_function(sources), **named)
+        blocks = BlockMask(
+            seq_lengths=lengths,
+            BLOCK_SIZE=(BLOCK_TOKENS, BLOCK_TOKENS),
+            mask_mod=_mask_function(sources),
+            **named,
+        )
     kernel = _compiled(_flex_with_lse) if q_BTHC.is_cuda else _flex_with_lse
     q_BHTC, k_BKSC, v_BKSC = (x.transpose(1, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
     out_BHTC, lse_BHT = kernel(q_BHTC, k_BKSC, v_BKSC, blocks, scale)
@@ -172,7 +186,9 @@ def _flex_with_lse(
     return out_BHTC, aux.lse
 
 
-def unsupported_reason(*, device_type: str, training: bool, head_dim: int) -> str | None:
+def unsupported_reason(
+    *, device_type: str, training: bool, head_dim: int, dtype: torch.dtype | None
+) -> str | None:
     """Refuse training on a CPU, and heads smaller than the GPU kernel's tiles."""
     if device_type == "cpu" and training:
         return "flex_attention has no backward on CPU; use 'sdpa', or train on a GPU"

@@ -84,6 +84,7 @@ def attend_with_lse(
         out_BHTC, lse_BHT, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q_BHTC, k_BKSC, v_BKSC, bias, True, 0.0, is_causal, False, scale=scale
         )
+        lse_BHT = lse_BHT.view(q_BHTC.shape[:3])  # (B, H, T, 1) in torch 2.11
     else:
         out_BHTC, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_BHTC, k_BKSC, v_BKSC, 0.0, is_causal, attn_mask=bias, scale=scale
@@ -127,7 +128,7 @@ def attend_backward(
             k,
             v,
             out,
-            lse_BHT.contiguous(),
+            lse_BHT.contiguous()[..., None],
             *random,
             bias,
             *lengths,
@@ -166,5 +167,7 @@ def _bias(mask: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(mask[0], dtype=dtype).masked_fill(~mask[0], unseen)
 
 
-def unsupported_reason(*, device_type: str, training: bool, head_dim: int) -> None:
+def unsupported_reason(
+    *, device_type: str, training: bool, head_dim: int, dtype: torch.dtype | None
+) -> None:
     """Return None: it runs everywhere."""

@@ -67,7 +67,14 @@ _SIZES = {
     ),
 }
 _FLEX = {f"{name}_flex": replace(size, attention="flex") for name, size in _SIZES.items()}
-FLAVORS = {**_SIZES, **_FLEX, "debugmodel_flex_attn": _FLEX["debugmodel_flex"]}
+_VARLEN = {f"{name}_varlen": replace(size, attention="varlen") for name, size in _SIZES.items()}
+FLAVORS = {
+    **_SIZES,
+    **_FLEX,
+    **_VARLEN,
+    "debugmodel_flex_attn": _FLEX["debugmodel_flex"],
+    "debugmodel_varlen_attn": _VARLEN["debugmodel_varlen"],
+}
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:

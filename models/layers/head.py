@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from models.layers import liger
+
 IGNORED_LABEL = -100
 
 
@@ -50,16 +52,24 @@ class LMHead(nn.Linear):
     """The last linear layer, which scores labels itself so that few logits are alive at once.
 
     `label_logps` is an attribute, the one seam where a split vocabulary or a compiled kernel
-    steps in: `(logits_NV, labels_N) -> logps_N` in fp32.
+    steps in: `(logits_NV, labels_N) -> logps_N` in fp32. It may overwrite the logits.
     """
 
     def __init__(
-        self, width: int, vocab_size: int, *, chunk_tokens: int, recompute_logits: bool
+        self,
+        width: int,
+        vocab_size: int,
+        *,
+        chunk_tokens: int,
+        recompute_logits: bool,
+        kernels: liger.Kernels = "torch",
     ) -> None:
         super().__init__(width, vocab_size, bias=False)
         self.chunk_tokens = chunk_tokens
         self.recompute_logits = recompute_logits
-        self.label_logps: Callable[[Tensor, Tensor], Tensor] = label_logps
+        self.label_logps: Callable[[Tensor, Tensor], Tensor] = (
+            liger.label_logps if kernels == "liger" else label_logps
+        )
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x_BTD: Tensor, *, labels_BT: Tensor | None = None

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from models.layers import liger
+
 RopeKind = Literal["default", "linear", "llama3"]
 Rotary = tuple[Tensor, Tensor]
 """fp32 cosines and sines of shape (B, T, C/2)."""
@@ -97,6 +99,15 @@ def rotate(x_BTHC: Tensor, rotary: Rotary) -> Tensor:
     first, second = x_BTHC.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.type_as(x_BTHC)
+
+
+def rotate_both(
+    q_BTHC: Tensor, k_BTKC: Tensor, rotary: Rotary, *, kernels: liger.Kernels
+) -> tuple[Tensor, Tensor]:
+    """Rotate the queries and the keys of the same tokens, each as `rotate` does."""
+    if kernels == "liger":
+        return liger.rotate(q_BTHC, k_BTKC, rotary)
+    return rotate(q_BTHC, rotary), rotate(k_BTKC, rotary)
 
 
 def rope_from_hf(hf_config: Mapping[str, Any]) -> RopeConfig:

@@ -38,11 +38,14 @@ class ContextForm(Protocol):
         documents_BT: Tensor | None,
         shape: torch.Size,
         device: torch.device,
+        *,
+        document_offsets: Tensor | None = None,
     ) -> object:
         """Return what `attend` will be given as mask; called once per forward pass.
 
-        `make(places_BT, documents_BT=..., keys=(places_BS, documents_BS))` is the model's own
-        function, `shape` that of this rank's tokens (B, T / cp), and `documents_BT` are theirs.
+        `make(places_BT, documents_BT=..., document_offsets=..., keys=(places_BS, documents_BS))` is
+        the model's own function, `shape` that of this rank's tokens (B, T / cp), `documents_BT`
+        are theirs, and `document_offsets` those of whole rows.
         """
         ...
 
@@ -89,8 +92,24 @@ def apply_context(
     for name in plan.masks:
         module = model.get_submodule(name)
         module.forward = partial(_make_mask, form, module.forward)
+    classes = {kind: _sharing_class(kind, form) for kind in {type(core) for core in cores}}
     for core in cores:
-        core.forward = partial(form.attend, core, core.forward)
+        core.__class__ = classes[type(core)]
+
+
+def _sharing_class(core_class: type[nn.Module], form: ContextForm) -> type[nn.Module]:
+    """Return the class of an attention core whose forward reaches over the ranks.
+
+    A class, which all blocks share: a forward of its own for each core would be another constant
+    for the compiler, which then compiles every block anew and gives up at the ninth.
+    """
+
+    class Sharing(core_class):
+        def forward(self, q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, *, mask: Any) -> Tensor:
+            return form.attend(self, super().forward, q_BTHC, k_BSKC, v_BSKC, mask=mask)
+
+    Sharing.__name__ = core_class.__name__
+    return Sharing
 
 
 def _make_mask(
@@ -99,7 +118,9 @@ def _make_mask(
     positions_BT: Tensor,
     *,
     documents_BT: Tensor | None = None,
+    document_offsets: Tensor | None = None,
     keys: object = None,
 ) -> object:
     assert keys is None, "a cache of keys and values is used on whole rows only"
-    return form.mask(make, documents_BT, positions_BT.shape, positions_BT.device)
+    shape, device = positions_BT.shape, positions_BT.device
+    return form.mask(make, documents_BT, shape, device, document_offsets=document_offsets)

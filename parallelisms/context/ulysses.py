@@ -33,11 +33,14 @@ class Ulysses:
         documents_BT: Tensor | None,
         shape: torch.Size,
         device: torch.device,
+        *,
+        document_offsets: Tensor | None = None,
     ) -> object:
         """Return the mask of whole rows."""
         order_T = torch.arange(shape[1] * self.degree, device=device)
         documents_BT = None if documents_BT is None else gather(documents_BT, 1, self.group)
-        return make(order_T.expand(shape[0], -1).contiguous(), documents_BT=documents_BT)
+        order_BT = order_T.expand(shape[0], -1).contiguous()
+        return make(order_BT, documents_BT=documents_BT, document_offsets=document_offsets)
 
     def attend(
         self,

@@ -18,12 +18,14 @@ class BenchRow:
     """The run fails where its median tokens/s/GPU is below this."""
 
 
-def _speed(local_batch_size: int, attention: str, dataset: str = "dummy") -> tuple[str, ...]:
+def _speed(
+    local_batch_size: int, attention: str, dataset: str = "dummy", *, seq_len: int = 8192
+) -> tuple[str, ...]:
     return (
         f"--training.dataset={dataset}",
         "--training.steps=25",
         f"--training.local_batch_size={local_batch_size}",
-        "--training.seq_len=8192",
+        f"--training.seq_len={seq_len}",
         f"--model.attention={attention}",
         "--compile.enable",
         "--activation_checkpoint.mode=none",
@@ -66,8 +68,88 @@ _LLAMA_1B = BenchRow(
     floor_tokens_per_second=48000.0,
 )
 
+
+def _documents(name: str, attention: str, *more: str, seq_len: int = 8192) -> BenchRow:
+    """Return a row of real text on one GPU; tokens/s leaves padding out."""
+    return BenchRow(
+        name=f"llama-1b {name}",
+        gpus=1,
+        config_file="train_configs/llama3_1b.toml",
+        overrides=(*_speed(4, attention, "python_stdlib", seq_len=seq_len), *more),
+    )
+
+
+HALF_PADDED = 6144
+"""Length of a row that the standard library's files fill by half, one in each."""
+
+_EAGER_1B = (
+    *_speed(2, "sdpa"),
+    "--model.hf_assets_path=scripts/bench/llama_1b_untied",
+)
+
+
+def _kernels(name: str, *more: str) -> BenchRow:
+    return BenchRow(
+        name=f"llama-1b-untied {name}",
+        gpus=1,
+        config_file="train_configs/llama3_1b.toml",
+        overrides=(*_EAGER_1B, *more),
+    )
+
+
+def _long(name: str, attention: str, *degrees: str, gpus: int = 2) -> BenchRow:
+    """Return a model on rows of 131,072 tokens, which `gpus` share where cp is set."""
+    model, checkpointing = ("8b", "full") if gpus == 4 else ("1b", "selective")
+    return BenchRow(
+        name=f"llama-{model} 131072 tokens, {name}",
+        gpus=gpus,
+        config_file=f"train_configs/llama3_{model}.toml",
+        overrides=(
+            *_speed(1, attention, seq_len=131072),
+            "--model.hf_assets_path=",
+            "--training.steps=4",
+            f"--activation_checkpoint.mode={checkpointing}",
+            "--activation_checkpoint.selective_ac_option=op",
+            *degrees,
+        ),
+        warmup_steps=1,
+    )
+
+
+def _shared(degree: int, mode: str) -> tuple[str, str]:
+    return (
+        f"--parallelism.context_parallel_degree={degree}",
+        f"--parallelism.context_parallel_mode={mode}",
+    )
+
+
 SUITES: dict[str, tuple[BenchRow, ...]] = {
+    "context-2gpu": (
+        _long("FSDP2", "sdpa"),
+        _long("CP2 ring", "sdpa", *_shared(2, "ring")),
+        _long("CP2 ulysses", "sdpa", *_shared(2, "ulysses")),
+        _long("CP2 allgather", "flex", *_shared(2, "allgather")),
+    ),
+    "context-4gpu": (
+        _long("FSDP4", "sdpa", gpus=4),
+        _long("CP4 ring", "sdpa", *_shared(4, "ring"), gpus=4),
+        _long("CP4 ulysses", "sdpa", *_shared(4, "ulysses"), gpus=4),
+        _long("CP4 allgather", "flex", *_shared(4, "allgather"), gpus=4),
+    ),
     "dense-1gpu": (_LLAMA_1B,),
+    "documents-1gpu": (
+        _documents("packed documents, cudnn", "cudnn"),
+        _documents("packed documents, flex", "flex"),
+        _documents("packed documents, varlen", "varlen"),
+        _documents("packed rows, cudnn", "cudnn", seq_len=HALF_PADDED),
+        _documents("padded rows, cudnn", "cudnn", "--data.packing=none", seq_len=HALF_PADDED),
+    ),
+    "kernels-1gpu": (
+        _kernels("compiled"),
+        _kernels("eager", "--compile.no_enable"),
+        _kernels("eager, liger", "--compile.no_enable", "--model.kernels=liger"),
+        _kernels("eager, loss compiled", "--compile.components=loss"),
+    ),
     "dense-4gpu": (
         _llama_8b("llama-8b FSDP4, sdpa", "--parallelism.data_parallel_shard_degree=4"),
         _llama_8b(

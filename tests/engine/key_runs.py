@@ -27,7 +27,7 @@ from engine.cli import load_config
 from engine.config import JobConfig, check
 from engine.distributed import process_group
 from engine.loop import fit
-from engine.model import resolve_architecture
+from engine.model import ModelNeeds, resolve_architecture
 from engine.profiling import Profiler
 from engine.trackers import build_trackers
 from parallelisms.apply import parallelize
@@ -44,7 +44,9 @@ RECORDED = (
     "engine.hf_io.load_into",
     "engine.build.load_tokenizer",
     "engine.data.loader.StatefulDataLoader",
+    "engine.data.sources.BestFitPacking",
     "engine.data.sources.ConcatPacking",
+    "engine.data.sources.cut_documents",
     "engine.data.sources.DummyRows",
     "engine.data.sources.open_token_file",
     "engine.evaluate.model_inputs",
@@ -165,6 +167,7 @@ def settings_of(name: str) -> Settings:
         "from_hf": another
         | {
             "checkpoint.initial_load_path": "{folder}/run/hf",
+            "data.last_row": "keep",
             "data.stride": 0,
             "training.dtype": "float32",
             "training.mixed_precision_reduce": "float32",
@@ -255,7 +258,7 @@ def _lay_out(config: JobConfig, world_size: int) -> None:
     """Do what `engine.build.build` does to a model, as the first of many ranks."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        architecture = resolve_architecture(config.model, device_type="cpu", training=True)
+        architecture = resolve_architecture(config.model, ModelNeeds(device_type="cpu"))
         parallelize(
             architecture.build_meta(),
             architecture.plan,
@@ -290,6 +293,9 @@ def _take_parts(config: JobConfig, folder: Path, spy: Spy, patch: pytest.MonkeyP
         spy.calls["environment"] = [{name: os.environ[name] for name in names}]
     if dist.is_initialized():  # with a GPU the context leaves the group to the next line
         dist.destroy_process_group()
+    patch.setattr("models.layers.liger.unsupported_reason", lambda device_type: None)
+    architecture = resolve_architecture(config.model, ModelNeeds(device_type="cuda"))
+    spy.calls["architecture"] = [{"sizes": architecture.config}]
     patch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: None)
     patch.setattr(torch.cuda.memory, "_snapshot", dict)
     with Profiler(config.profiling, folder, rank=0, device_type="cuda") as profiler:

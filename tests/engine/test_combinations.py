@@ -38,6 +38,7 @@ CP4 = "parallelism.context_parallel_degree=4"
 ULYSSES = "parallelism.context_parallel_mode=ulysses"
 RING = "parallelism.context_parallel_mode=ring"
 NO_LSE = "tests.engine.attention_without_lse"
+LIGER = "model.kernels=liger"
 CUDA: dict[str, Any] = {"device_type": "cuda"}
 
 CASES = {
@@ -80,6 +81,13 @@ CASES = {
         world_size=2,
         facts={"attention": NO_LSE},
         allowed_facts={"attention": NO_LSE},
+    ),
+    "whole_rows_attended_where_keys_travel": Case(
+        refused=f"{CP2} model.attention=varlen",
+        allowed=f"{CP2} model.attention=varlen {ULYSSES}",
+        world_size=2,
+        facts=CUDA | {"attention": "varlen"},
+        allowed_facts=CUDA | {"attention": "varlen"},
     ),
     "rotate_method_that_another_mode_overrules": Case(
         refused=f"{CP2} parallelism.context_parallel_rotate_method=alltoall",
@@ -150,6 +158,31 @@ CASES = {
         allowed="compile.enable",
         facts=CUDA | {"missing": frozenset({"triton"})},
         allowed_facts={"missing": frozenset({"triton"})},
+    ),
+    "liger_kernels_on_the_cpu": Case(
+        refused=LIGER,
+        allowed=LIGER,
+        facts={"missing": frozenset({"liger_kernel", "triton"})},
+        allowed_facts=CUDA,
+    ),
+    "liger_kernels_without_their_package": Case(
+        refused=LIGER,
+        allowed="model.kernels=torch",
+        facts=CUDA | {"missing": frozenset({"liger_kernel"})},
+        allowed_facts=CUDA | {"missing": frozenset({"liger_kernel"})},
+    ),
+    "liger_kernels_with_compile": Case(
+        refused=f"{LIGER} compile.enable compile.components=loss",
+        allowed=LIGER,
+        facts=CUDA,
+        allowed_facts=CUDA,
+    ),
+    "liger_kernels_with_tensor_parallelism": Case(
+        refused=f"{LIGER} {TP2}",
+        allowed=f"{LIGER} {CP2}",
+        world_size=2,
+        facts=CUDA,
+        allowed_facts=CUDA,
     ),
     "compute_wider_than_the_stored_parameters": Case(
         refused="training.dtype=bfloat16 training.mixed_precision_param=float32",
@@ -343,6 +376,7 @@ def test_a_machine_that_does_not_train_is_not_asked_for_files_or_packages():
     config = load_config(
         [
             "--metrics.enable_wandb",
+            "--model.kernels=liger",
             "--checkpoint.enable",
             "--checkpoint.initial_load_path=/no",
         ]

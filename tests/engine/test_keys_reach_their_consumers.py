@@ -94,6 +94,7 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
         "tiny" if vars(s.run.trainer.model)["config"].hidden_size == 16 else "other"
     ),
     "model.attention": lambda s: vars(s.run.trainer.model)["config"].attention,
+    "model.kernels": lambda s: s.last("architecture")["sizes"].kernels,
     "model.freeze": lambda s: (
         ["model.layers.0.mlp.*.weight"]
         if {n for n, p in s.run.trainer.model.named_parameters() if not p.requires_grad}
@@ -139,6 +140,8 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "data.on_bad_record": lambda s: recipe(s, "on_bad_record"),
     "data.cache_folder": lambda s: str(s.last("open_token_file")["root"]),
     "data.num_processes": lambda s: s.last("open_token_file")["num_processes"],
+    "data.packing": lambda s: "best_fit" if s.spy.calls["BestFitPacking"] else "other",
+    "data.long_document": lambda s: s.last("cut_documents")["long_document"],
     "data.stride": lambda s: s.last("ConcatPacking")["stride"],
     "data.last_row": lambda s: "keep" if s.last("ConcatPacking")["keep_last"] else "drop",
     "data.dummy_tokens": lambda s: s.last("DummyRows")["num_tokens"],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.data.batch import IGNORED_LABEL, Batch
+from engine.data.batch import IGNORED_LABEL, Batch, document_offsets
 from engine.objectives import combine
 from engine.objectives.pretrain import build
 from parallelisms.collectives import SequenceSum
@@ -19,6 +19,7 @@ def batch_of(labels: list[list[int]]) -> Batch:
         labels_BT=labels_BT,
         positions_BT=places_BT,
         documents_BT=torch.ones_like(labels_BT),
+        document_offsets=document_offsets(torch.ones_like(labels_BT)),
         rows_B=torch.arange(len(labels)),
         one_document_per_row=True,
         squared_document_tokens=labels_BT.shape[1] ** 2 * len(labels),

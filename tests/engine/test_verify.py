@@ -19,7 +19,15 @@ from engine.verify.__main__ import main
 from engine.verify.case import DEFAULTS, WORDS, Case, parse
 from engine.verify.faults import FAULTS
 from engine.verify.parity import BF16_ARITHMETIC, FP32_REORDERED_SUM, Comparison, worst
-from engine.verify.plans import SWITCHES, PlanList, effective, every_layout, list_plans, traits
+from engine.verify.plans import (
+    GPU_ATTENTION,
+    SWITCHES,
+    PlanList,
+    effective,
+    every_layout,
+    list_plans,
+    traits,
+)
 from engine.verify.ranks import Job, Row, check_plans
 from engine.verify.refusals import Rules
 from engine.verify.report import Report, tolerance
@@ -122,7 +130,12 @@ def test_all_plans_hold_each_mode_compiled_and_each_choice_in_bf16() -> None:
         for part in (compiled, [c for c in cases if c.bfloat16]):
             assert {c.context for c in part if c.cp > 1} == {"allgather", "ring", "ulysses"}
             assert {c.tied for c in part} == {c.offload for c in part} == {True, False}
-    assert {c.attention for c in cases if c.bfloat16} == {"sdpa", "flex"}
+    with_liger = [c for c in cases if c.kernels == "liger"]
+    assert {c.bfloat16 for c in with_liger} == {True, False}
+    assert {c.context for c in with_liger if c.cp > 1} == {"allgather", "ring", "ulysses"}
+    assert not any(c.tp > 1 or c.backend for c in with_liger)
+    assert {c.kernels for c in plans_of(4).cases} == {"torch"}
+    assert {c.attention for c in cases if c.bfloat16} == set(GPU_ATTENTION)
 
 
 def test_what_the_rules_refuse_is_listed_with_their_reason_and_not_run() -> None:
@@ -235,6 +248,7 @@ def test_the_record_holds_command_machine_and_every_row(tmp_path: Path) -> None:
         (["--plan", "fsdp2", "--ranks", "4"], "needs 2 ranks, but there are 4"),
         (["--plan", "tp8"], "is refused: .*key/value heads"),
         (["--plan", "fsdp2-ac-budget"], "is refused: .*memory_budget"),
+        (["--plan", "fsdp2-liger"], "is refused: .*GPUs only.*model.kernels = 'auto'"),
         (["--ranks", "0"], "give at least 1"),
         (["--fault", "droped_reduce"], "did you mean 'dropped_reduce'.*ignored_documents"),
         (["--fault", "missing_context_hook", "--plan", "fsdp2"], "try --plan cp2-allgather"),

@@ -190,5 +190,5 @@ def test_a_backend_without_these_functions_says_so(monkeypatch: pytest.MonkeyPat
     monkeypatch.delattr(flex_backend, "attend_backward")
     assert not returns_lse("flex")
     assert AttentionCore("flex").attend_backward is None
-    with pytest.raises(ValueError, match="use one of eager, flex, sdpa"):
+    with pytest.raises(ValueError, match="use one of cudnn, eager, flash, flex, sdpa"):
         returns_lse("sdpaa")

@@ -1,6 +1,7 @@
 """Families are found by file name, and mistakes name what there is."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -43,18 +44,14 @@ def test_an_unknown_flavor_suggests_the_nearest_one():
         load_family("llama3").flavor("8b")
 
 
-def test_a_variable_length_flavor_is_refused_with_what_to_use():
-    with pytest.raises(ValueError, match=r"use model\.flavor = '8B'"):
-        load_family("llama3").flavor("8B_varlen")
-    with pytest.raises(ValueError, match=r"use model\.flavor = 'debugmodel'"):
-        load_family("llama3").flavor("debugmodel_varlen_attn")
-
-
-def test_flex_flavors_differ_in_their_attention_alone():
+@pytest.mark.parametrize("backend", ["flex", "varlen"])
+def test_flavors_named_after_a_backend_differ_in_their_attention_alone(backend: str):
     family = load_family("llama3")
-    for name in ("debugmodel_flex_attn", "8B_flex", "70B_flex"):
-        assert family.flavor(name).attention == "flex"
-    assert family.flavor("8B").attention != "flex"
+    for size in ("debugmodel", "8B", "70B"):
+        expected = replace(family.flavor(size), attention=backend)
+        assert family.flavor(f"{size}_{backend}") == expected
+    assert family.flavor(f"debugmodel_{backend}_attn") == family.flavor(f"debugmodel_{backend}")
+    assert family.flavor("8B").attention == "sdpa"
 
 
 def test_every_file_of_the_families_package_defines_the_family_of_its_name():

@@ -6,10 +6,15 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch._dynamo.utils
+import torch.nn.attention.varlen
 from torch import Tensor
 
 import models.attention.sdpa
+import models.attention.varlen
+from engine.verify.subject import TINY
 from models.decoder import DECODER_PLAN
+from tests.models.test_attention_documents import cpu_varlen
 from tests.parity.cases import (
     BF16_ARITHMETIC,
     FP32_REORDERED_SUM,
@@ -101,12 +106,6 @@ def test_compiled_blocks_give_the_same_gradients(ranks: RankPool, case: Case) ->
     check(ranks, case)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["allgather", "ring"])
-def test_inductor_gives_the_same_gradients(ranks: RankPool, mode: str) -> None:
-    check(ranks, Case(cp=2, context=mode, checkpointing="full", backend="inductor"))
-
-
 RING = [Case(cp=2, context="ring", checkpointing="op", packed=False, backend="aot_eager")]
 
 
@@ -115,6 +114,23 @@ def test_a_compiled_ring_with_checkpointing_gives_the_same_gradients(
     ranks: RankPool, case: Case
 ) -> None:
     check(ranks, case)
+
+
+def graphs_of_many_blocks(rank: int, world_size: int, case: Case) -> int:
+    """Return how many graphs a model of more blocks than the compiler would make anew needs."""
+    blocks = torch._dynamo.config.recompile_limit + 1
+    subject = dataclasses.replace(TINY, config=dataclasses.replace(TINY.config, num_layers=blocks))
+    torch._dynamo.utils.counters.clear()
+    model, dims = build_case(case, subject=subject)
+    train(model, dims, case, subject)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_blocks_share_one_compiled_graph(ranks: RankPool, mode: str) -> None:
+    block_and_loss = 2
+    case = Case(cp=2, context=mode, backend="aot_eager")
+    assert ranks(2, graphs_of_many_blocks, case) == [block_and_loss] * 2
 
 
 def attended_pieces(rank: int, world_size: int, case: Case) -> int:
@@ -133,6 +149,29 @@ def test_checkpointing_by_operation_goes_round_the_ring_once(
     blocks, pieces = 3, 2
     counts = ranks(2, attended_pieces, Case(cp=2, context="ring", checkpointing=checkpointing))
     assert counts == [passes * blocks * pieces] * 2
+
+
+def document_by_document(rank: int, world_size: int, case: Case) -> Comparison:
+    """Run a backend for GPUs, with a loop over documents instead of its kernel."""
+    with (
+        patch.object(torch.nn.attention.varlen, "varlen_attn", cpu_varlen),
+        patch.object(models.attention.varlen, "unsupported_reason", lambda **facts: None),
+    ):
+        return run_case(rank, world_size, case)
+
+
+WHOLE_ROWS = [
+    Case(cp=2, shard=2, context="ulysses", attention="varlen", accumulate=2),
+    Case(cp=2, tp=2, context="ulysses", attention="varlen"),
+]
+
+
+@pytest.mark.parametrize("case", WHOLE_ROWS, ids=str)
+def test_document_by_document_attention_gets_whole_rows_under_ulysses(
+    ranks: RankPool, case: Case
+) -> None:
+    for result in ranks(case.world_size, document_by_document, case):
+        result.check()
 
 
 def test_bf16_compute_stays_near_fp32(ranks: RankPool) -> None:

@@ -1,0 +1,240 @@
+"""Backends that attend document by document: cudnn, varlen and flash.
+
+Their kernels are on GPUs; on the CPU a loop over the documents stands for them, so that what lies
+around them is proved there, and the kernels themselves where there is a GPU.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen as torch_varlen
+
+from engine.data.batch import document_offsets
+from models.attention import (
+    AttentionMasks,
+    eager,
+    flash,
+    needs_whole_rows,
+    unsupported_reason,
+    varlen,
+)
+from models.attention import cudnn as cudnn_backend
+from models.decoder import DecoderLM
+from tests.models.tiny import gradients, packed, random_tokens, tiny_model, worst_error
+
+BACKENDS = ("cudnn", "flash", "varlen")
+FP32_REORDERED_SUM = 1e-5
+BF16_ARITHMETIC = 2e-2
+LENGTHS = [5, 1, 17, 9]
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+def loop_over_documents(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """Return causal attention within each document of joined rows (N, H, C)."""
+    parts = []
+    for begin, end in pairwise(offsets.tolist()):
+        own: list[Any] = [x[begin:end].transpose(0, 1) for x in (q, k, v)]
+        parts.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                *own, is_causal=True, scale=scale, enable_gqa=True
+            ).transpose(0, 1)
+        )
+    return torch.cat(parts)
+
+
+def cpu_varlen(q: Any, k: Any, v: Any, offsets: Any, keys: Any, *lengths: int, **options: Any):
+    assert offsets is keys and lengths[0] == lengths[1]
+    assert options.get("window_size", (-1, 0)) == (-1, 0) and options.get("causal", True)
+    scale = options["scale"] if "scale" in options else options["softmax_scale"]
+    return loop_over_documents(q, k, v, offsets, scale)
+
+
+@pytest.fixture
+def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for backend in (cudnn_backend, flash, varlen):
+        monkeypatch.setattr(backend, "unsupported_reason", lambda **facts: None)
+    monkeypatch.setattr(torch_varlen, "varlen_attn", cpu_varlen)
+    monkeypatch.setattr(flash, "_load", lambda: cpu_varlen)
+    varlen._options.cache_clear()
+    yield
+    varlen._options.cache_clear()
+
+
+@cudnn_backend.cudnn_attention.register_kernel("cpu")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    offsets, lengths = documents
+    assert torch.equal(offsets.diff(), lengths[:-1]) and lengths.max() <= longest
+    return loop_over_documents(q, k, v, offsets, scale).contiguous(), q.new_zeros(q.shape[:2])
+
+
+@cudnn_backend.cudnn_attention_backward.register_kernel("cpu")
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: Tensor,
+    *rest,
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = []
+    for begin, end in pairwise(documents[0].tolist()):
+        if begin < end:
+            own: list[Any] = [x[None, begin:end] for x in (grad, q, k, v, out)]
+            seen = torch.ones(end - begin, end - begin, dtype=torch.bool).tril()
+            options: dict[str, Any] = {"mask": [seen], "is_causal": True, "scale": rest[-1]}
+            _, own_lse = eager.attend_with_lse(*own[1:4], **options)
+            parts.append(eager.attend_backward(*own, own_lse, **options))  # pyright: ignore[reportCallIssue]
+    grad_q, grad_k, grad_v = (torch.cat(x, dim=1)[0] for x in zip(*parts, strict=True))
+    return grad_q, grad_k, grad_v
+
+
+def rows_of(*rows: list[int]) -> tuple[Tensor, Tensor]:
+    """Return positions and documents of rows of documents of these lengths; the rest is padding."""
+    size = max(map(sum, rows))
+    made = [packed(lengths, padding=size - sum(lengths)) for lengths in rows]
+    return torch.cat([p for p, _ in made]), torch.cat([d for _, d in made])
+
+
+def loss_and_gradients(
+    model: DecoderLM, tokens: Tensor, positions: Tensor, documents: Tensor
+) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    offsets = document_offsets(documents.cpu()).to(documents.device)
+    logits = model(tokens, positions_BT=positions, documents_BT=documents, document_offsets=offsets)
+    loss = logits[documents != 0].float().logsumexp(-1).square().mean()
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_they_give_the_loss_and_gradients_of_masked_attention(backend: str) -> None:
+    positions, documents = rows_of(LENGTHS, [32], [1] * 20 + [6])
+    tokens = random_tokens(*positions.shape)
+    expected = loss_and_gradients(tiny_model(attention="eager"), tokens, positions, documents)
+    found = loss_and_gradients(tiny_model(attention=backend), tokens, positions, documents)
+    assert found[0] == pytest.approx(expected[0], rel=FP32_REORDERED_SUM)
+    assert worst_error(found[1], expected[1]) <= FP32_REORDERED_SUM
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_rows_of_one_document_take_the_causal_kernel(backend: str) -> None:
+    mask = AttentionMasks(backend, head_dim=8)(torch.arange(6)[None])
+    assert mask.is_causal and mask.prepared is None
+    tokens, positions = random_tokens(2, 6), torch.arange(6).expand(2, -1)
+    found = tiny_model(attention=backend)(tokens, positions_BT=positions)
+    assert torch.equal(found, tiny_model(attention="sdpa")(tokens, positions_BT=positions))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_documents_without_offsets_are_refused(backend: str) -> None:
+    positions, documents = packed(LENGTHS)
+    with pytest.raises(ValueError, match="needs document_offsets beside documents_BT"):
+        AttentionMasks(backend, head_dim=8)(positions, documents_BT=documents)
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "varlen"])
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_another_packing_does_not_compile_blocks_again(backend: str, monkeypatch) -> None:
+    if backend == "varlen":  # the loop reads the offsets; an operator does not
+        monkeypatch.setattr(torch_varlen, "varlen_attn", lambda q, k, v, *rest, **options: q * 1.0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model(attention=backend)
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+    for lengths in (LENGTHS, [32], [1] * 32, [16, 16], [3] * 10 + [2]):
+        positions, documents = rows_of(lengths, lengths)
+        offsets = document_offsets(documents)
+        out = model(
+            random_tokens(2, 32),
+            positions_BT=positions,
+            documents_BT=documents,
+            document_offsets=offsets,
+        )
+        out.square().mean().backward()
+    blocks = len(model.model.layers)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= blocks
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_has_no_kernel_is_refused_with_a_way_out(backend: str) -> None:
+    assert needs_whole_rows(backend) and not needs_whole_rows("flex")
+    cuda: dict[str, Any] = {"device_type": "cuda", "training": True, "head_dim": 64}
+    bf16 = torch.bfloat16
+    assert "use 'sdpa'" in str(unsupported_reason(backend, **{**cuda, "device_type": "cpu"}))
+    assert "float32" in str(unsupported_reason(backend, **cuda, dtype=torch.float32))
+    assert "has 12" in str(unsupported_reason(backend, **{**cuda, "head_dim": 12}, dtype=bf16))
+    if not torch.cuda.is_available():  # a plan for another machine
+        assert unsupported_reason(backend, **cuda, dtype=bf16) is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_missing_package_is_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    for module in (cudnn_backend, flash):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    facts: dict[str, Any] = {"device_type": "cuda", "training": True, "head_dim": 64}
+    reason = unsupported_reason(backend, **facts, dtype=torch.bfloat16)
+    expected = {"cudnn": "nvidia-cudnn-frontend", "flash": "install flash-attn"}
+    assert (reason is None) if backend == "varlen" else (expected[backend] in str(reason))
+
+
+def test_the_newest_installed_flash_attention_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"flash_attn", "flash_attn.cute", "flash_attn.flash_attn_interface"}
+    monkeypatch.setattr(flash, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    assert flash.installed_version() == "FA4"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
+    assert flash.installed_version() == "FA2"
+    monkeypatch.setattr(flash, "find_spec", lambda name: None)
+    assert flash.installed_version() is None
+
+
+def gpu_model(backend: str, dtype: torch.dtype) -> DecoderLM:
+    sizes = {"hidden_size": 128, "head_dim": 64, "num_heads": 4, "num_kv_heads": 2}
+    return tiny_model(attention=backend, spread=1.0, **sizes).to("cuda", dtype)
+
+
+GPU_ROWS = {
+    "mixed": [[100, 1, 300, 111], [512], [200]],
+    "single_tokens": [[1] * 64 + [448], [511, 1], [2] * 256],
+    "full": [[256, 256], [512], [128] * 4],
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("rows", GPU_ROWS.values(), ids=GPU_ROWS)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=needs_gpu) for name in (*BACKENDS, "flex")]
+)
+def test_kernels_on_a_gpu_give_what_fp32_gives(backend: str, rows: Any, compiled: bool) -> None:
+    facts: dict[str, Any] = {"device_type": "cuda", "training": True, "head_dim": 64}
+    if reason := unsupported_reason(backend, **facts, dtype=torch.bfloat16):
+        pytest.skip(reason)
+    positions, documents = (x.cuda() for x in rows_of(*rows))
+    tokens = random_tokens(*positions.shape).cuda()
+    expected = loss_and_gradients(gpu_model("eager", torch.float32), tokens, positions, documents)
+    torch._dynamo.reset()
+    model = gpu_model(backend, torch.bfloat16)
+    if compiled:
+        for block in model.model.layers:
+            block.forward = torch.compile(block.forward, fullgraph=True)
+    found = loss_and_gradients(model, tokens, positions, documents)
+    assert found[0] == pytest.approx(expected[0], rel=BF16_ARITHMETIC)
+    for name, gradient in expected[1].items():
+        error = (found[1][name].float() - gradient).norm() / gradient.norm()
+        assert error <= BF16_ARITHMETIC, (name, error.item())
