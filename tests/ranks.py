@@ -31,14 +31,7 @@ DEFAULT_TIMEOUT_SECONDS = 120.0
 GRACE_AFTER_FIRST_FAILURE_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
-PRELOADED_MODULES = [
-    "torch",
-    "torch._dynamo",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "torch.testing._internal.distributed.fake_pg",
-]
+PRELOADED_MODULES = ["tests.preloaded"]
 
 
 class RankFailure(AssertionError):
@@ -113,13 +106,13 @@ def _run(task: Task) -> Any:
             dist.barrier()  # a peer may still be connecting, and would see its connection closed
         return result
     finally:
-        _forget_meshes()
+        forget_meshes()
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()
 
 
-def _forget_meshes() -> None:
+def forget_meshes() -> None:
     """Drop every reference to the meshes of a call, so that its process groups end with it.
 
     Otherwise caches would hand the next case a mesh whose groups are gone, and keep the groups'

@@ -58,10 +58,9 @@ TOO_MANY = ("--parallelism.data_parallel_shard_degree", "3")
     ("command", "mistake", "code", "said"),
     [
         ([sys.executable, "train.py"], TYPO, 2, "training.steps"),
-        (torchrun("--nproc_per_node=2"), TYPO, 1, "training.steps"),
         (torchrun("--nproc_per_node=2"), TOO_MANY, 1, "parallelism.data_parallel_shard_degree"),
     ],
-    ids=["typo, no launcher", "typo, torchrun", "degrees against the world, torchrun"],
+    ids=["typo, no launcher", "degrees against the world, torchrun"],
 )
 def test_a_mistake_ends_with_its_code_and_one_message(
     launch: Launcher,

@@ -1,6 +1,7 @@
 """The convert scripts need the folder alone, keep every bit and notice what is wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -26,6 +27,7 @@ from models.registry import load_family
 from scripts import convert_dcp_to_hf, convert_hf_to_dcp, download_assets
 from tests.engine.checkpoint_cases import FSDP2_TP2, assert_same, config, flip_bit, gathered, start
 from tests.parity.cases import Case, model_config
+from tests.ranks import RankPool
 
 ROOT = Path(__file__).parents[2]
 TIED = Case(tied=True, vocab=61)
@@ -49,10 +51,20 @@ def _save_complete(rank: int, world_size: int, case: Case, folder: Path) -> dict
     return gathered(state)
 
 
+@pytest.fixture(scope="module")
+def saved(
+    rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, rank_pool(4, _save_complete, FSDP2_TP2, folder)[0]
+
+
 @pytest.fixture
-def step(ranks, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    saved = ranks(4, _save_complete, FSDP2_TP2, tmp_path / "checkpoint")
-    return tmp_path / "checkpoint" / "step-7", saved[0]
+def step(saved: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Return a copy of the saved step, which a test may damage, and what was saved."""
+    folder, tensors = saved
+    shutil.copytree(folder, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint" / "step-7", tensors
 
 
 def test_a_step_carries_configuration_tokenizer_and_provenance(step: Any) -> None:

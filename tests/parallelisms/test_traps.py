@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from tests.parity.cases import Case, batch, build_case, compare, forward, run_case, train
 from tests.ranks import RankFailure, RankPool
 
-COMPILED = Case(shard=2, tp=2, backend="aot_eager")
+COMPILED = Case(shard=2, tp=2, backend="aot_eager", checkpointing="op", vocab=61)
 
 
 def test_the_embedding_gradient_survives_compile_under_tensor_parallelism(ranks: RankPool) -> None:

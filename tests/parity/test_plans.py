@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import models.decoder
+import models.layers.rope
 from tests.parity.cases import (
     BF16_ARITHMETIC,
     FP32_REORDERED_SUM,
@@ -39,8 +39,17 @@ def test_each_layout_gives_single_process_gradients(ranks: RankPool, case: Case)
     check(ranks, case)
 
 
+CHECKPOINTED = [
+    Case(replicate=2),
+    Case(tp=2, sequence=False),
+    Case(shard=2, tp=2, sequence=False),
+    Case(replicate=2, tp=2),
+]
+"""In the others tests/parallelisms/test_activation_checkpoint.py finds the bits without it."""
+
+
 @pytest.mark.parametrize("mode", ["full", "op", "2"])
-@pytest.mark.parametrize("layout", [c for c in SPLIT if c.world_size == 2 or c.tp == 2], ids=str)
+@pytest.mark.parametrize("layout", CHECKPOINTED, ids=str)
 def test_checkpointing_in_each_layout(ranks: RankPool, layout: Case, mode: str) -> None:
     check(ranks, dataclasses.replace(layout, checkpointing=mode, chunks=True))
 
@@ -74,29 +83,15 @@ AOT_EAGER = [
     Case(shard=2, backend="aot_eager", checkpointing="2", tied=True),
     Case(replicate=2, backend="aot_eager", checkpointing="op", accumulate=2),
     Case(tp=2, backend="aot_eager", vocab=61, chunks=True),
-    Case(tp=2, sequence=False, backend="aot_eager", checkpointing="full", bias=True),
+    Case(tp=2, sequence=False, backend="aot_eager", checkpointing="full", bias=True, tied=True),
     Case(tp=2, backend="aot_eager", checkpointing="budget", loss_parallel=False),
     Case(shard=2, backend="aot_eager", checkpointing="budget", packed=False),
-    Case(shard=2, tp=2, backend="aot_eager", checkpointing="op", tied=True, vocab=61),
 ]
+"""FSDP with tensor parallelism is compiled in tests/parallelisms/test_traps.py."""
 
 
 @pytest.mark.parametrize("case", AOT_EAGER, ids=str)
 def test_compiled_blocks_give_the_same_gradients(ranks: RankPool, case: Case) -> None:
-    check(ranks, case)
-
-
-INDUCTOR = [
-    Case(tp=2, backend="inductor", checkpointing=mode)
-    for mode in ("none", "full", "2", "op", "budget")
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", INDUCTOR, ids=str)
-def test_each_checkpointing_mode_with_inductor_under_tensor_parallelism(
-    ranks: RankPool, case: Case
-) -> None:
     check(ranks, case)
 
 
@@ -116,13 +111,13 @@ def test_bf16_compute_stays_near_fp32(ranks: RankPool, case: Case) -> None:
 def seen_dtypes(rank: int, world_size: int, case: Case) -> set[tuple[torch.dtype, ...]]:
     model, dims = build_case(case)
     seen = set()
-    rotate = models.decoder.rotate
+    rotate = models.layers.rope.rotate
 
     def spy(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         seen.add((x.dtype, *(part.dtype for part in rotary)))
         return rotate(x, rotary)
 
-    with patch("models.decoder.rotate", spy):
+    with patch("models.layers.rope.rotate", spy):
         train(model, dims, case)
     masters = {(p.dtype, p.grad.dtype) for p in model.parameters() if p.grad is not None}
     assert masters == {(torch.float32, torch.float32)}, masters

@@ -1,0 +1,26 @@
+"""Plans through inductor give the loss and gradients of one fp32 process.
+
+They are in one file because the tests of a file share a pool of ranks: what the first case makes,
+headers compiled beforehand above all, spares the others most of their time.
+"""
+
+import pytest
+
+from tests.parity.cases import Case, run_case
+from tests.ranks import RankPool
+
+TENSOR = [
+    Case(tp=2, backend="inductor", checkpointing=mode)
+    for mode in ("none", "full", "2", "op", "budget")
+]
+CONTEXT = [
+    Case(cp=2, context=mode, backend="inductor", checkpointing="full")
+    for mode in ("allgather", "ring")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*TENSOR, *CONTEXT], ids=str)
+def test_inductor_gives_the_same_gradients(ranks: RankPool, case: Case) -> None:
+    for result in ranks(case.world_size, run_case, case, timeout_seconds=280):
+        result.check()
