@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from engine.cli import to_toml
 from engine.combinations import check_combinations
 from engine.config import JobConfig
 from engine.data.batch import Batch
+from engine.data.chat_templates import template_text
 from engine.data.loader import train_batches, validation_batches
 from engine.data.sources import RowSource, open_rows
 from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -207,11 +209,14 @@ def _build_checkpointer(
     data_fingerprint: str,
 ) -> Checkpointer:
     family, sizes = architecture.family, architecture.config
+    hf_config = family.config_to_hf(sizes)
     assets = HfAssets(
         key_map=family.key_map(sizes),
-        config=family.config_to_hf(sizes),
-        save_tokenizer=tokenizer.save,
-        generation_config=_generation_config(config.model.hf_assets_path),
+        config=hf_config,
+        save_tokenizer=partial(
+            tokenizer.save, chat_template=template_text(config.data.chat_template)
+        ),
+        generation_config=_generation_config(config, tokenizer, hf_config),
     )
     facts = {"data_fingerprint": data_fingerprint, "ranks": dims.describe()}
     dtype = getattr(torch, config.checkpoint.export_dtype)
@@ -241,8 +246,26 @@ def _agree_on_data(tokenizer: Tokenizer, rows: RowSource | None) -> None:
         )
 
 
-def _generation_config(folder: str) -> Mapping[str, object]:
-    return read_generation_config(Path(folder)) if folder else {}
+def _generation_config(
+    config: JobConfig, tokenizer: Tokenizer, hf_config: Mapping[str, object]
+) -> Mapping[str, object]:
+    """Return that of the model's folder; after chats, generation stops at ends of turns too."""
+    folder = config.model.hf_assets_path
+    found = read_generation_config(Path(folder)) if folder else {}
+    if config.data.format != "chat" or config.training.dataset == "dummy":
+        return found
+    from engine.data.chat_template import ChatTemplate  # slow to import, and only for chats
+
+    text = template_text(config.data.chat_template) or tokenizer.chat_template
+    end_of_turn = ChatTemplate(text, tokenizer).end_of_turn_id()
+    if end_of_turn is None:
+        return found
+    special = {key: hf_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    found = found or {key: value for key, value in special.items() if value is not None}
+    ends = found.get("eos_token_id", [])
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = [*ends, *({end_of_turn} - {*ends})]
+    return {**found, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
 def _fill_weights(

@@ -1,6 +1,7 @@
 """Complete a text with a model in a Hugging Face folder, such as `hf/` of a finished run.
 
     python scripts/generate.py --model outputs/hf --prompt "def "
+    python scripts/generate.py --model outputs/sft/hf --chat --prompt "What does os.walk do?"
 
 It runs the engine's own model with a cache of keys and values, on a GPU where there is one.
 """
@@ -78,12 +79,27 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, is_chat: bool) -> list[int]:
+    """Return the ids to go on from: the text's, or those of a chat that asks it."""
+    if not is_chat:
+        return tokenizer.encode(prompt, add_special_tokens=True)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "--chat, but the model's folder has no chat template; leave the option out, or put a "
+            "chat_template.jinja there"
+        )
+    from engine.data.chat_template import ChatTemplate  # slow to import, and only for chats
+
+    return tokenizer.encode(ChatTemplate(tokenizer.chat_template, tokenizer).prompt(prompt))
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the options; argparse itself answers mistakes with exit code 2."""
     parser = argparse.ArgumentParser(prog="generate.py", description=DESCRIPTION)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="Hugging Face folder with weights and tokenizer")
     add("--prompt", required=True, help="text to complete")
+    add("--chat", action="store_true", help="put the prompt as a question, in the chat template")
     add("--max_new_tokens", type=int, default=100, help="tokens to add at most (100)")
     add("--temperature", type=float, default=0.0, help="0: the likeliest token; more: draw (0)")
     add("--top_k", type=int, default=None, help="draw among this many likeliest tokens (all)")
@@ -104,7 +120,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"--model {options.model} is not a folder; give one with a config.json")
     device = choose_device(options.device)
     loaded = load(options.model, device=device, dtype=options.dtype)
-    prompt = loaded.tokenizer.encode(options.prompt, add_special_tokens=True)
+    prompt = encode_prompt(loaded.tokenizer, options.prompt, is_chat=options.chat)
     if not prompt:
         raise ValueError("--prompt is empty and the tokenizer adds nothing; give some text")
     limit = loaded.model.config.max_position_embeddings
@@ -123,7 +139,7 @@ def main(arguments: list[str]) -> None:
         generator=torch.Generator(device).manual_seed(options.seed),
     )
     seconds = time.perf_counter() - started
-    print(loaded.tokenizer.decode(prompt + tokens))
+    print(loaded.tokenizer.decode(tokens if options.chat else prompt + tokens))
     rate = len(tokens) / seconds
     print(f"{len(tokens)} tokens on {device}, {rate:.0f} tokens/s", file=sys.stderr)
 

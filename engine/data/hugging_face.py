@@ -16,13 +16,14 @@ CONFIGURATIONS = {"c4": ("allenai/c4", "en")}
 
 
 class DatasetRows:
-    """A Hugging Face dataset with random access."""
+    """A Hugging Face dataset with random access; only its text column, or all if none is named."""
 
-    def __init__(self, dataset: datasets.Dataset, *, name: str, text_field: str) -> None:
-        require_column(name, dataset.column_names, text_field)
-        self._dataset = dataset.select_columns([text_field])
+    def __init__(self, dataset: datasets.Dataset, *, name: str, text_field: str | None) -> None:
+        if text_field is not None:
+            require_column(name, dataset.column_names, text_field)
+            dataset = dataset.select_columns([text_field])
+        self._dataset = dataset
         self._name = name
-        self._field = text_field
 
     def digest(self, root: Path) -> str:
         """Return the digest of the Arrow files behind the dataset, index files included."""
@@ -33,19 +34,20 @@ class DatasetRows:
             "datasets", [file_digest(file, root) for file in files], len(self._dataset)
         )
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self, *, numbered: bool = False) -> list[Piece]:
         """Cut the rows into ranges."""
         num_rows = len(self._dataset)
         return [
-            (0, start, min(start + PIECE_ROWS, num_rows))
+            Piece(0, start, min(start + PIECE_ROWS, num_rows), first_record=start)
             for start in range(0, num_rows, PIECE_ROWS)
         ]
 
     def read(self, piece: Piece, bad: BadRecords) -> Iterator[tuple[Place, Record]]:
         """Yield one record a row."""
-        _, start, stop = piece
-        for row, text in enumerate(self._dataset[start:stop][self._field], start=start):
-            yield Place(name=self._name, row=row), {self._field: text}
+        columns = self._dataset[piece.start : piece.stop]
+        for row, values in enumerate(zip(*columns.values(), strict=True), start=piece.start):
+            record = dict(zip(columns, values, strict=True))
+            yield Place(name=self._name, row=row, number=row), record
 
 
 def open_dataset(name: str, *, split: str, key: str) -> datasets.Dataset:
@@ -64,8 +66,8 @@ def open_dataset(name: str, *, split: str, key: str) -> datasets.Dataset:
             loaded = datasets.load_dataset(path, configuration or None)
     except Exception as error:  # the package raises its own, the hub's and the network's kinds
         raise ValueError(
-            f"{key} = {name!r} is no dataset of ours (python_stdlib, dummy, text, jsonl, parquet) "
-            f"and the datasets package cannot open it: {error}"
+            f"{key} = {name!r} is no dataset of ours (python_stdlib, dummy, text, jsonl, parquet, "
+            f"python_stdlib_chat) and the datasets package cannot open it: {error}"
         ) from error
     if isinstance(loaded, datasets.Dataset):
         return loaded

@@ -1,7 +1,7 @@
 """Cutting documents into rows: row number -> document slices, a pure function of order and lengths.
 
-Both packings hold nothing but the current epochs' document order, so any row can be asked for at
-any time: one search, no replay.
+Packings hold nothing but the current epochs' document order, so any row can be asked for at any
+time: one search, no replay. Best-fit packing is in `best_fit.py`.
 """
 
 import hashlib
@@ -12,21 +12,14 @@ from typing import Protocol, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.slices import DocumentSlices, Slice
+
 IntOrArray = TypeVar("IntOrArray", int, npt.NDArray[np.uint64])
 
 NUM_ROUNDS = 6
 BLOCK = 1 << 15
 EPOCHS_KEPT = 2
 WORD = 0xFFFF_FFFF_FFFF_FFFF
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Tokens `start` to `stop` of one document."""
-
-    document: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +34,9 @@ class Packing(Protocol):
     """Which documents fill a row."""
 
     rows_per_epoch: int
+
+    tokens_per_epoch: int
+    """Tokens that the rows of an epoch hold; one that two of them hold counts twice."""
 
     def plan(self, epoch: int, row: int) -> RowPlan:
         """Return the content of a row of an epoch."""
@@ -138,6 +134,9 @@ class ConcatPacking:
         self.num_tail_tokens = int(offsets[-1]) - covered
         """Tokens of the unfilled last window that no full window has."""
         self.rows_per_epoch = full + int(keep_last and self.num_tail_tokens > 0)
+        self.tokens_per_epoch = full * seq_len
+        if self.rows_per_epoch > full:
+            self.tokens_per_epoch += int(offsets[-1]) - full * stride
 
     def plan(self, epoch: int, row: int) -> RowPlan:
         """Return the slices of a window; one search in the epoch's cumulative lengths."""
@@ -172,30 +171,17 @@ class ConcatPacking:
 
 
 class OneDocumentPacking:
-    """One document a row; a document longer than `seq_len` is cut there, or left out."""
+    """One document a row, or one slice of a document longer than it."""
 
-    def __init__(
-        self,
-        offsets: npt.NDArray[np.int64],
-        *,
-        seq_len: int,
-        drop_long: bool,
-        seed: int,
-        shuffle: bool,
-    ) -> None:
-        self._lengths = np.minimum(np.diff(offsets), seq_len)
-        self._kept = (
-            np.flatnonzero(np.diff(offsets) <= seq_len)
-            if drop_long
-            else np.arange(len(self._lengths))
-        )
+    def __init__(self, slices: DocumentSlices, *, seed: int, shuffle: bool) -> None:
+        self._slices = slices
         self._seed = seed
         self._shuffle = shuffle
-        self.rows_per_epoch = len(self._kept)
+        self.rows_per_epoch = len(slices)
+        self.tokens_per_epoch = slices.num_tokens
 
     def plan(self, epoch: int, row: int) -> RowPlan:
         """Return the one slice of a row."""
         if self._shuffle:
             row = Permutation(self.rows_per_epoch, self._seed, epoch, "rows")(row)
-        document = int(self._kept[row])
-        return RowPlan([Slice(document, 0, int(self._lengths[document]))])
+        return RowPlan([self._slices[row]])

@@ -5,29 +5,31 @@ of ranks. Dealing rows to ranks is `loader.py`'s.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Row
+from engine.data.best_fit import BestFitPacking
 from engine.data.cache import cache_root, digest_of
+from engine.data.chat_templates import template_text
+from engine.data.named_sources import open_reader
 from engine.data.packing import ConcatPacking, OneDocumentPacking, Packing, mix_words
-from engine.data.readers import JsonLines, Parquet, Reader, TextFiles, find_files
-from engine.data.stdlib import Split, stdlib_files
+from engine.data.slices import cut_documents
+from engine.data.stdlib import Split
 from engine.data.token_file import Recipe, TokenFile, open_token_file
 from engine.data.tokenizer import Tokenizer
 
 log = logging.getLogger("tessera")
 
-BUILTIN_DATASET = "python_stdlib"
-BUILTIN_ALIASES = ("c4_test", "c4_validation")
-FILE_SUFFIXES = {
-    "text": (".txt", ".md", ".py"),
-    "json": (".jsonl", ".json"),
-    "jsonl": (".jsonl", ".json"),
-    "parquet": (".parquet",),
+CHAT_KEYS = {
+    "chat_template": "",
+    "train_on": "assistant",
+    "system_prompts": [],
+    "system_prompt_rate": 1.0,
 }
 
 
@@ -40,16 +42,34 @@ class DataConfig:
     module of one's own with a function `encode`."""
 
     text_field: str = "text"
-    """Field or column of a record that holds its text."""
+    """Field or column of a record that holds its text; chats also stand in `messages` or
+    `conversations`."""
 
     bos: bool = True
-    """Begin each document with the tokenizer's beginning mark, if it has one."""
+    """Begin each document with the tokenizer's beginning mark, if it has one; chats have only the
+    marks of their template."""
 
     eos: bool = True
-    """End each document with the tokenizer's end mark, if it has one."""
+    """End each document with the tokenizer's end mark, if it has one; chats likewise."""
 
-    packing: Literal["concat", "none"] = "concat"
-    """Join documents and cut the stream into full rows, or put one document in each row."""
+    chat_template: str = ""
+    """How chats are written: the name of a file in engine/data/chat_templates, or the path of a
+    Jinja file; empty takes the tokenizer's own. The model is exported with it."""
+
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens of chats and completions are trained: what the assistant writes, in all its
+    turns or in the last one, its end of turn included; or every token, prompts too."""
+
+    system_prompts: list[str] = field(default_factory=list[str])
+    """Texts of which a chat without a system turn gets one, drawn by the seed and the number of
+    the record."""
+
+    system_prompt_rate: float = 1.0
+    """Share of the chats without a system turn that get one of `system_prompts`."""
+
+    packing: Literal["concat", "best_fit", "none"] = "concat"
+    """Join documents and cut the stream into full rows; fit whole documents into rows and cut none
+    that fits; or put one document in each row."""
 
     stride: int = 0
     """Tokens from the start of one row to the next under packing "concat"; 0 is the row's length.
@@ -58,8 +78,10 @@ class DataConfig:
     last_row: Literal["keep", "drop"] = "keep"
     """Pad the unfilled last row of an epoch under packing "concat", or leave it out."""
 
-    long_document: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens under packing "none" to a document longer than the row; the first two count."""
+    long_document: Literal["truncate", "drop", "split", "error"] = "truncate"
+    """What happens under packing "best_fit" and "none" to a document longer than the row: cut it
+    there, leave it out, cut it into several that do not see each other, or stop. Each is counted
+    in the log."""
 
     on_bad_record: Literal["raise", "skip"] = "raise"
     """Stop at a record that cannot be read or has no text, or count it and go on."""
@@ -79,10 +101,27 @@ class DataConfig:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"data.{name} = {value}; give a whole number from {least} up")
-        if self.stride and self.packing != "concat":
+        self._check_chat_keys()
+        others = ("last_row", "stride") if self.packing != "concat" else ("long_document",)
+        default = {"last_row": "keep", "stride": 0, "long_document": "truncate"}
+        for name in others:
+            if (value := getattr(self, name)) != default[name]:
+                uses_it = "'best_fit' or 'none'" if self.packing == "concat" else "'concat'"
+                raise ValueError(
+                    f"data.{name} = {value!r} has no meaning with data.packing = "
+                    f"{self.packing!r}; remove it or use packing {uses_it}"
+                )
+
+    def _check_chat_keys(self) -> None:
+        for name, default in CHAT_KEYS.items():
+            if self.format == "text" and (value := getattr(self, name)) != default:
+                raise ValueError(
+                    f"data.{name} = {value!r} has no meaning with data.format = 'text'; remove it, "
+                    "or set data.format = 'chat'"
+                )
+        if not 0.0 <= self.system_prompt_rate <= 1.0:
             raise ValueError(
-                f"data.stride = {self.stride} has no meaning with data.packing = "
-                f"{self.packing!r}; remove it or use packing 'concat'"
+                f"data.system_prompt_rate = {self.system_prompt_rate}; give a share from 0 to 1"
             )
 
 
@@ -130,15 +169,23 @@ class TokenRows:
         for number, part in enumerate(plan.slices, start=1):
             end = begin + part.stop - part.start
             first, past = self._file.offsets[part.document : part.document + 2]
-            text = self._file.tokens[first + part.start : min(first + part.stop + 1, past)]
+            here = slice(first + part.start, min(first + part.stop + 1, past))
+            text = self._file.tokens[here]
             tokens[begin:end] = text[: end - begin]
-            labels[begin : begin + len(text) - 1] = text[1:]
+            labels[begin : begin + len(text) - 1] = self._labels(here)[1:]
             positions[begin:end] = np.arange(end - begin)
             documents[begin:end] = number
             begin = end
         positions[begin:] = np.arange(self.seq_len - begin)
         labels[: plan.num_counted_labels] = IGNORED_LABEL
         return _row(tokens, labels, positions, documents)
+
+    def _labels(self, here: slice) -> npt.NDArray[np.int64]:
+        """Return the tokens of a part of the file, those that are not trained masked."""
+        labels = self._file.tokens[here].astype(np.int64)
+        if self._file.is_trained is not None:
+            labels[~self._file.is_trained[here]] = IGNORED_LABEL
+        return labels
 
 
 class DummyRows:
@@ -175,12 +222,8 @@ def open_rows(
 ) -> RowSource:
     """Return the rows of a dataset; a machine's first rank tokenises it, the others wait.
 
-    `dataset` is `python_stdlib` (the built-in corpus, split by a hash of each file's path),
-    `dummy`, one of `text`, `jsonl` (or `json`) and `parquet`, whose `dataset_path` is a file, a
-    folder or a pattern, or else a name or folder for the `datasets` package, which `dataset_path`
-    overrides. Files serve whole for the split that names them.
+    `dataset` and `dataset_path` are those of `open_reader`, or `dummy`.
     """
-    section = "training" if split == "train" else "validation"
     if dataset == "dummy":
         return DummyRows(
             seq_len=seq_len,
@@ -191,19 +234,23 @@ def open_rows(
     root = cache_root(config.cache_folder)
     name = " ".join(filter(None, (dataset, dataset_path, split)))
     file = open_token_file(
-        _open_reader(dataset, dataset_path, split, section, config),
+        open_reader(
+            dataset,
+            dataset_path,
+            split=split,
+            text_field=config.text_field,
+            # Plain text is one column of a table; other formats look at whole records.
+            only_text=config.format == "text",
+            root=root,
+        ),
         name=name,
         tokenizer=tokenizer,
-        recipe=Recipe(
-            format=config.format,
-            text_field=config.text_field,
-            add_bos=config.bos,
-            add_eos=config.eos,
-            on_bad_record=config.on_bad_record,
-        ),
+        recipe=_recipe(config, seed),
         root=root,
         num_processes=config.num_processes,
     )
+    if config.format == "chat" and config.packing == "concat":
+        log.warning("%s: chats are cut where a row ends; data.packing = 'best_fit' cuts none", name)
     packing = _open_packing(file, name, seq_len=seq_len, seed=seed, config=config, shuffle=shuffle)
     settings = (config.packing, config.stride, config.last_row, config.long_document)
     return TokenRows(
@@ -215,61 +262,31 @@ def open_rows(
     )
 
 
-def _open_reader(
-    dataset: str, path: str | None, split: Split, section: str, config: DataConfig
-) -> Reader:
-    if dataset == BUILTIN_DATASET or (dataset in BUILTIN_ALIASES and not path):
-        if dataset != BUILTIN_DATASET:
-            log.info("%s.dataset = %r stands for %r", section, dataset, BUILTIN_DATASET)
-        return TextFiles(stdlib_files(split), text_field=config.text_field, errors="replace")
-    suffixes = FILE_SUFFIXES.get(dataset)
-    if suffixes is None:
-        from engine.data.hugging_face import DatasetRows, open_dataset  # slow to import
-
-        key = f"{section}.dataset_path" if path else f"{section}.dataset"
-        opened = open_dataset(path or dataset, split=split, key=key)
-        return DatasetRows(opened, name=path or dataset, text_field=config.text_field)
-    if not path:
-        raise ValueError(
-            f"{section}.dataset = {dataset!r} needs {section}.dataset_path: a file, a folder or a "
-            "pattern"
-        )
-    files = find_files(path, suffixes, f"{section}.dataset_path")
-    if dataset == "parquet":
-        return Parquet(files, text_field=config.text_field)
-    if dataset == "text":
-        return TextFiles(files, text_field=config.text_field)
-    return JsonLines(files)
+def _recipe(config: DataConfig, seed: int) -> Recipe:
+    return Recipe(
+        format=config.format,
+        text_field=config.text_field,
+        add_bos=config.bos,
+        add_eos=config.eos,
+        on_bad_record=config.on_bad_record,
+        chat_template=template_text(config.chat_template),
+        train_on=config.train_on,
+        system_prompts=tuple(config.system_prompts),
+        system_prompt_rate=config.system_prompt_rate,
+        seed=seed if config.system_prompts else 0,
+    )
 
 
 def _open_packing(
     file: TokenFile, name: str, *, seq_len: int, seed: int, config: DataConfig, shuffle: bool
 ) -> Packing:
-    if config.packing == "none":
-        num_long = int((file.lengths() > seq_len).sum())
-        if num_long and config.long_document == "error":
-            raise ValueError(
-                f"{name}: {num_long:,} documents are longer than a row of {seq_len:,} tokens (the "
-                f"longest has {file.lengths().max():,}); raise training.seq_len, use data.packing "
-                "= 'concat', or set data.long_document to 'truncate' or 'drop'"
-            )
-        if num_long:
-            done = "left out" if config.long_document == "drop" else "cut"
-            log.info("%s: %s documents longer than a row are %s", name, f"{num_long:,}", done)
-        packing: Packing = OneDocumentPacking(
-            file.offsets,
-            seq_len=seq_len,
-            drop_long=config.long_document == "drop",
-            seed=seed,
-            shuffle=shuffle,
+    if config.stride > seq_len:
+        raise ValueError(
+            f"data.stride = {config.stride} is longer than a row of {seq_len} tokens, so text "
+            "would be passed over; use 0 or at most the row's length"
         )
-    else:
-        if config.stride > seq_len:
-            raise ValueError(
-                f"data.stride = {config.stride} is longer than a row of {seq_len} tokens, so text "
-                "would be passed over; use 0 or at most the row's length"
-            )
-        packing = ConcatPacking(
+    if config.packing == "concat":
+        packing: Packing = ConcatPacking(
             file.offsets,
             seq_len=seq_len,
             stride=config.stride or seq_len,
@@ -278,12 +295,35 @@ def _open_packing(
             shuffle=shuffle,
         )
         done = "padded" if config.last_row == "keep" else "left out"
-        log.info("%s: last row of %s tokens is %s", name, f"{packing.num_tail_tokens:,}", done)
-    if packing.rows_per_epoch == 0:
-        raise ValueError(
-            f"{name}: its {len(file.tokens):,} tokens fill no row of {seq_len:,}; give more text, "
-            "lower training.seq_len, or set data.last_row = 'keep'"
+        note = f"last row of {packing.num_tail_tokens:,} tokens is {done}"
+    else:
+        slices = cut_documents(
+            file.offsets,
+            name,
+            seq_len=seq_len,
+            long_document=config.long_document,
+            is_trained=file.is_trained,
         )
+        note = slices.summary
+        if config.packing == "best_fit":
+            packing = BestFitPacking(slices, seq_len=seq_len, seed=seed, shuffle=shuffle)
+        else:
+            packing = OneDocumentPacking(slices, seed=seed, shuffle=shuffle)
+    if packing.rows_per_epoch == 0:
+        remedy = (
+            "give more text, lower training.seq_len, or set data.last_row = 'keep'"
+            if config.packing == "concat"
+            else "raise training.seq_len, or set data.long_document = 'truncate' or 'split'"
+        )
+        raise ValueError(
+            f"{name}: its {len(file.tokens):,} tokens fill no row of {seq_len:,}; {remedy}"
+        )
+    fill = packing.tokens_per_epoch / (packing.rows_per_epoch * seq_len)
+    log.info(
+        "%s: packing %s puts %s documents in %s rows of %s tokens, fill %.4f; %s",
+        *(name, config.packing, f"{len(file.offsets) - 1:,}"),
+        *(f"{packing.rows_per_epoch:,}", f"{seq_len:,}", fill, note),
+    )
     return packing
 
 

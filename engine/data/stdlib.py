@@ -36,6 +36,12 @@ def stdlib_files(split: Split) -> tuple[Path, ...]:
     return tuple(root / name for name in chosen)
 
 
+def module_name(file: Path) -> str:
+    """Return the dotted name of the module that a file of the standard library holds."""
+    parts = file.relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
 def _is_held_out(relative_path: str) -> bool:
     digest = hashlib.blake2b(relative_path.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % VALIDATION_SHARE == 0

@@ -1,7 +1,8 @@
 """A source's tokens in one memory-mapped file, written once by parallel processes.
 
 The file holds the documents back to back, with their marks, in the source's own order; shuffling
-and cutting into rows happens in `packing.py`.
+and cutting into rows happens in `packing.py`. Where not all tokens are labels, a second file says
+which are.
 """
 
 import ctypes
@@ -18,33 +19,24 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.cache import build_once, digest_of
-from engine.data.formats import Encode, load_format, source_digest
+from engine.data.cache import build_once, digest_of, file_digest
+from engine.data.formats import Document, Encode, Recipe, load_format, source_digest
 from engine.data.progress import Progress
 from engine.data.readers import NUM_EXAMPLES, BadRecords, Piece, Reader
 from engine.data.tokenizer import Tokenizer
 
+__all__ = ["Recipe", "TokenFile", "open_token_file"]
+
 log = logging.getLogger("tessera")
 
-LAYOUT = 1
+LAYOUT = 2
+MASK_NAME = "is_trained.bin"
 PIECES_AHEAD = 4
 PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """What decides the content of a token file besides the data and the tokenizer."""
-
-    format: str
-    text_field: str
-    add_bos: bool
-    add_eos: bool
-    on_bad_record: Literal["raise", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +47,11 @@ class TokenFile:
     offsets: npt.NDArray[np.int64]
 
     digest: str
-    """Digest of the tokens and the document borders."""
+    """Digest of the tokens, the document borders and which tokens are labels."""
+
+    is_trained: npt.NDArray[np.bool_] | None = None
+    """For each token whether it is a label; None: all are. A document's first token never is one,
+    whatever stands here."""
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the number of tokens of each document, its marks included."""
@@ -68,8 +64,15 @@ class _Encoded:
 
     tokens: npt.NDArray[np.unsignedinteger]
     lengths: npt.NDArray[np.int64]
+    is_trained: npt.NDArray[np.bool_] | None
     num_empty: int
+    num_untrained: int
     bad: BadRecords
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that are labels."""
+        return self.tokens.size if self.is_trained is None else int(self.is_trained.sum())
 
 
 def open_token_file(
@@ -105,10 +108,18 @@ def open_token_file(
     )
     for example in facts["bad_examples"]:
         log.info("skipped %s", example)
+    is_trained = None
+    if (folder / MASK_NAME).is_file():
+        is_trained = np.memmap(folder / MASK_NAME, dtype=np.bool_, mode="r")
+        log.info(
+            "%s: %s tokens are trained, %s documents without such a token left out",
+            *(name, f"{facts['num_trained']:,}", f"{facts['num_untrained']:,}"),
+        )
     return TokenFile(
         tokens=np.memmap(folder / "tokens.bin", dtype=np.dtype(facts["dtype"]), mode="r"),
         offsets=offsets,
         digest=facts["digest"],
+        is_trained=is_trained,
     )
 
 
@@ -123,27 +134,46 @@ class _Worker:
         self._encode = encode
         self._tokenizer = tokenizer
         self._recipe = recipe
-        self._bos = _mark(tokenizer.bos_id, wanted=recipe.add_bos)
-        self._eos = _mark(tokenizer.eos_id, wanted=recipe.add_eos)
+
+    def pieces(self) -> list[Piece]:
+        """Return the pieces to encode, numbered where the recipe draws by number."""
+        return self.reader.pieces(numbered=bool(self._recipe.system_prompts))
 
     def encode(self, piece: Piece) -> _Encoded:
-        """Return the documents of one piece with their marks; empty ones are only counted."""
+        """Return the documents of one piece; empty and untrained ones are only counted."""
         bad = BadRecords(self._recipe.on_bad_record)
-        encoded = self._encode(
-            self.reader.read(piece, bad),
-            tokenizer=self._tokenizer,
-            text_field=self._recipe.text_field,
-            bad=bad,
-        )
-        documents = [self._bos + ids + self._eos for ids in encoded if ids]
-        lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
+        records = self.reader.read(piece, bad)
+        found = self._encode(records, tokenizer=self._tokenizer, recipe=self._recipe, bad=bad)
+        with_text = [document for document in found if document.ids]
+        documents = [document for document in with_text if document.has_label]
+        lengths = np.array([len(document.ids) for document in documents], dtype=np.int64)
         tokens = np.empty(int(lengths.sum()), dtype=self.dtype)
         start = 0
-        for ids in documents:
-            tokens[start : start + len(ids)] = ids
-            start += len(ids)
-        num_empty = len(encoded) - len(documents)
-        return _Encoded(tokens=tokens, lengths=lengths, num_empty=num_empty, bad=bad)
+        for document in documents:
+            tokens[start : start + len(document.ids)] = document.ids
+            start += len(document.ids)
+        return _Encoded(
+            tokens=tokens,
+            lengths=lengths,
+            is_trained=_mask(documents),
+            num_empty=len(found) - len(with_text),
+            num_untrained=len(with_text) - len(documents),
+            bad=bad,
+        )
+
+
+def _mask(documents: list[Document]) -> npt.NDArray[np.bool_] | None:
+    """Return which tokens of all documents are labels, None where no document leaves one out."""
+    if all(document.is_trained is None for document in documents):
+        return None
+    return np.concatenate(
+        [
+            np.ones(len(document.ids), dtype=np.bool_)
+            if document.is_trained is None
+            else document.is_trained
+            for document in documents
+        ]
+    )
 
 
 def _num_cpus() -> int:
@@ -151,16 +181,12 @@ def _num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _mark(token_id: int | None, *, wanted: bool) -> list[int]:
-    return [token_id] if wanted and token_id is not None else []
-
-
 def _write(target: Path, worker: _Worker, name: str, num_processes: int) -> None:
-    pieces = worker.reader.pieces()
+    pieces = worker.pieces()
     digest = hashlib.blake2b(digest_size=16)
     lengths: list[npt.NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
     bad = BadRecords("skip")
-    num_empty = num_tokens = 0
+    num_empty = num_untrained = num_tokens = num_trained = 0
     with (
         open(target / "tokens.bin", "wb") as file,
         Progress(f"tokenising {name}", total=len(pieces)) as progress,
@@ -168,9 +194,12 @@ def _write(target: Path, worker: _Worker, name: str, num_processes: int) -> None
         for encoded in _encode_all(worker, pieces, num_processes):
             file.write(encoded.tokens.data)
             digest.update(encoded.tokens.data)
+            _append_mask(target / MASK_NAME, encoded, num_tokens)
             lengths.append(encoded.lengths)
             num_tokens += encoded.tokens.size
+            num_trained += encoded.num_trained
             num_empty += encoded.num_empty
+            num_untrained += encoded.num_untrained
             bad.count += encoded.bad.count
             bad.examples += encoded.bad.examples[: NUM_EXAMPLES - len(bad.examples)]
             progress.advance(f"{num_tokens:,} tokens")
@@ -178,18 +207,34 @@ def _write(target: Path, worker: _Worker, name: str, num_processes: int) -> None
     if num_tokens == 0:
         raise ValueError(
             f"{name} is empty: no document has text ({bad.count} bad records, {num_empty} empty "
-            "texts); check the path and data.text_field"
+            f"texts, {num_untrained} without a token to train); check the path, data.format and "
+            "data.text_field"
         )
     np.save(target / "offsets.npy", offsets)
     digest.update(offsets.data)
+    if (target / MASK_NAME).exists():
+        digest.update(file_digest(target / MASK_NAME).encode())
     facts = {
         "dtype": worker.dtype.name,
         "digest": digest.hexdigest(),
         "num_empty": num_empty,
+        "num_trained": num_trained,
+        "num_untrained": num_untrained,
         "num_bad": bad.count,
         "bad_examples": [f"{place}: {reason}" for place, reason in bad.examples],
     }
     (target / "facts.json").write_text(json.dumps(facts))
+
+
+def _append_mask(path: Path, encoded: _Encoded, num_tokens_before: int) -> None:
+    """Write which of a piece's tokens are labels; until a piece leaves one out there is no file."""
+    mask = encoded.is_trained
+    if mask is None and not path.exists():
+        return
+    with path.open("ab") as file:
+        if file.tell() == 0:
+            file.write(np.ones(num_tokens_before, dtype=np.bool_).data)
+        file.write(np.ones(encoded.tokens.size, dtype=np.bool_).data if mask is None else mask.data)
 
 
 def _encode_all(worker: _Worker, pieces: list[Piece], num_processes: int) -> Iterator[_Encoded]:

@@ -5,8 +5,11 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -30,6 +33,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -58,25 +63,79 @@ class Tokenizer:
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
+    def encode_with_begins(
+        self, texts: Sequence[str]
+    ) -> list[tuple[list[int], npt.NDArray[np.int64]]]:
+        """Return `encode` of each text, and for each token the character at which it begins.
+
+        The tokens of one character all begin at it.
+        """
+        encoded = self._untrimmed.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (encoding.ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0])
+            for encoding in encoded
+        ]
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def save(self, folder: Path | str) -> None:
-        """Write every tokenizer file, chat template included, so `AutoTokenizer` loads `folder`."""
+    def save(self, folder: Path | str, *, chat_template: str = "") -> None:
+        """Write every tokenizer file, so that `AutoTokenizer` loads `folder`.
+
+        The chat template is the tokenizer's own, or the text of another.
+        """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             if (self._folder / name).is_file():
                 shutil.copyfile(self._folder / name, target / name)
+        if chat_template:
+            (target / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
 
-    def _special_id(self, kind: str) -> int | None:
+    @cached_property
+    def chat_template(self) -> str:
+        """Text of the tokenizer's own chat template, the default one of several; empty: none."""
+        file = self._folder / CHAT_TEMPLATE_FILE
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        found = _read_json(self._folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(found, list):
+            found = {one["name"]: one["template"] for one in found}.get("default")
+        return found if isinstance(found, str) else ""
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of the special tokens under the names that chat templates use: `eos_token`, ..."""
+        found = {f"{kind}_token": self._special_token(kind) for kind in SPECIAL_TOKENS}
+        return {name: token for name, token in found.items() if token is not None}
+
+    @cached_property
+    def added_tokens(self) -> frozenset[str]:
+        """Texts that are a token of their own wherever they stand, such as `<|im_end|>`."""
+        return frozenset(t.content for t in self._backend.get_added_tokens_decoder().values())
+
+    @cached_property
+    def _untrimmed(self) -> tokenizers.Tokenizer:
+        # Some post-processors take the blank before a word out of its token's place. They change
+        # no ids where no special tokens are asked for.
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+        return backend
+
+    def _special_token(self, kind: str) -> str | None:
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             token = _read_json(self._folder / file).get(f"{kind}_token")
             if isinstance(token, Mapping):
                 token = token.get("content")
             if isinstance(token, str):
-                return self._backend.token_to_id(token)
+                return token
+        return None
+
+    def _special_id(self, kind: str) -> int | None:
+        token = self._special_token(kind)
+        if token is not None:
+            return self._backend.token_to_id(token)
         for file in ("generation_config.json", "config.json"):
             value = _read_json(self._folder / file).get(f"{kind}_token_id")
             if isinstance(value, list) and value:

@@ -29,6 +29,7 @@ SCHEDULE, OPTIMIZER = "engine/schedule.py:", "engine/optim.py:"
 LOOP, BUILD = "engine/loop.py:", "engine/build.py:"
 CHECKPOINT, MODEL = "engine/checkpoint.py:", "engine/model.py:"
 OPEN_ROWS, OPEN_PACKING = "engine/data/sources.py:open_rows", "engine/data/sources.py:_open_packing"
+RECIPE = "engine/data/sources.py:_recipe"
 LOADER, PROFILING = "engine/data/loader.py:_batches", "engine/profiling.py:"
 CHECKPOINTED = "parallelisms/activation_checkpoint.py:checkpointed"
 MESH, APPLY = "parallelisms/mesh.py:ParallelDims.of", "parallelisms/apply.py:parallelize"
@@ -110,15 +111,18 @@ TRAIN = {
         validation__dataloader__pin_memory=True,
         validation__dataloader__prefetch_factor=4,
     ),
+    **rows(OPEN_ROWS, data__cache_folder="{folder}/cache", data__num_processes=3),
     **rows(
-        OPEN_ROWS,
+        RECIPE,
         data__format="tests.engine.own_parts",
         data__text_field="body",
         data__bos=False,
         data__eos=False,
+        data__chat_template="chatml",
+        data__train_on="last",
+        data__system_prompts=["Be brief.", "Be kind."],
+        data__system_prompt_rate=0.5,
         data__on_bad_record="skip",
-        data__cache_folder="{folder}/cache",
-        data__num_processes=3,
     ),
     **rows(OPEN_PACKING, data__stride=12, data__last_row="drop"),
     **rows("parallelisms/mesh.py:ParallelDims.of", parallelism__data_parallel_shard_degree=1),
@@ -199,7 +203,7 @@ FROM_HF = {
     **rows(f"{CHECKPOINT}Checkpointer.load", checkpoint__initial_load_allow=["model.norm.weight"]),
     **rows(f"{LOOP}fit", checkpoint__create_seed_checkpoint=True),
     **rows(f"{BUILD}precision_of", training__mixed_precision_param="float32"),
-    **rows(OPEN_PACKING, data__packing="none", data__long_document="drop"),
+    **rows(OPEN_PACKING, data__packing="best_fit", data__long_document="split"),
 }
 """A start from the first one's export."""
 
@@ -247,6 +251,7 @@ ON_CUDA = {
     **rows(f"{PROFILING}Profiler.__init__", profiling__enable_memory_snapshot=True),
     **rows(f"{PROFILING}Profiler._write_snapshot", profiling__save_memory_snapshot_folder="held"),
     **rows("engine/trackers.py:build_trackers", metrics__save_for_all_ranks=True),
+    **rows(f"{MODEL}choose_kernels", model__kernels="liger"),
 }
 """Parts of a run that only GPUs or a second rank take."""
 

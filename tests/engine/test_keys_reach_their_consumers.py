@@ -6,6 +6,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from engine import titan
 from engine.cli import load_config, to_toml
 from engine.config import JobConfig, check
+from engine.data.chat_templates import template_text
 from engine.manifest import read_manifest, step_folder
 from engine.run_folder import resolved
 from engine.schema import leaves
@@ -137,6 +139,12 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "data.text_field": lambda s: recipe(s, "text_field"),
     "data.bos": lambda s: recipe(s, "add_bos"),
     "data.eos": lambda s: recipe(s, "add_eos"),
+    "data.chat_template": lambda s: (
+        "chatml" if recipe(s, "chat_template") == template_text("chatml") else "other"
+    ),
+    "data.train_on": lambda s: recipe(s, "train_on"),
+    "data.system_prompts": lambda s: list(cast("tuple[str, ...]", recipe(s, "system_prompts"))),
+    "data.system_prompt_rate": lambda s: recipe(s, "system_prompt_rate"),
     "data.on_bad_record": lambda s: recipe(s, "on_bad_record"),
     "data.cache_folder": lambda s: str(s.last("open_token_file")["root"]),
     "data.num_processes": lambda s: s.last("open_token_file")["num_processes"],

@@ -14,8 +14,10 @@ from engine.schema import flatten, leaves
 FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 WORLD_SIZES = {
     "debug_model": (1, 2, 4),
+    "debug_sft": (1, 2, 4),
     "llama3_1b": (1, 8),
     "llama3_8b": (8, 1024),
+    "llama3_8b_sft": (8, 64),
     "llama3_8b_128k": (8, 512),
     "llama3_70b": (64,),
     "llama3_405b": (512,),
@@ -60,6 +62,15 @@ def test_the_quick_start_sees_the_same_rows_on_one_two_and_four_ranks():
     for world_size in (1, 2, 4):
         check(config, world_size)
         assert config.training.rows_per_step(world_size) == 16
+
+
+def test_fine_tuning_goes_on_from_what_the_quick_start_exports():
+    before, after = (flatten(load_config(["--job.config_file", str(path)])) for path in FILES[:2])
+    assert FILES[1].stem == "debug_sft"
+    assert before["checkpoint.last_save_in_hf"]
+    for key in ("model.name", "model.flavor", "training.seq_len", "training.global_batch_size"):
+        assert after[key] == before[key]
+    assert f"{before['job.dump_folder']}/hf".removeprefix("./") in FILES[1].read_text()
 
 
 def test_the_quick_start_leaves_everything_that_it_promises():

@@ -2,27 +2,67 @@
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import import_module
-from inspect import getsourcefile, unwrap
+from inspect import getmodule, getsourcefile, unwrap
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from engine.data.readers import BadRecords, Place, Record
 from engine.data.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """The settings that a format reads. All of them are part of the key of a token file."""
+
+    format: str
+    text_field: str
+    add_bos: bool
+    add_eos: bool
+    on_bad_record: Literal["raise", "skip"]
+
+    chat_template: str = ""
+    """Text of the template, not its name; empty means the tokenizer's own."""
+
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    system_prompts: tuple[str, ...] = ()
+    system_prompt_rate: float = 1.0
+
+    seed: int = 0
+    """Of what a format draws at random; 0 where it draws nothing, so that seeds share the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One record as the model will see it, marks included. No ids: the record held no text."""
+
+    ids: list[int]
+
+    is_trained: npt.NDArray[np.bool_] | None = None
+    """Which ids are labels, as many as there are ids; None: all. The first never is one."""
+
+    @property
+    def has_label(self) -> bool:
+        """Whether any token but the first is trained."""
+        return self.is_trained is None or bool(self.is_trained[1:].any())
+
+
 class Encode(Protocol):
-    """Turns records into documents of token ids; records it cannot use go to `bad`."""
+    """Turns records into documents; records it cannot use go to `bad`."""
 
     def __call__(
         self,
         records: Iterable[tuple[Place, Record]],
         *,
         tokenizer: Tokenizer,
-        text_field: str,
+        recipe: Recipe,
         bad: BadRecords,
-    ) -> list[list[int]]:
-        """Return one list of ids for each usable record, in order."""
+    ) -> list[Document]:
+        """Return one document for each usable record, in order."""
         ...
 
 
@@ -47,6 +87,22 @@ def load_format(name: str) -> Encode:
 
 
 def source_digest(encode: Encode) -> str:
-    """Return a digest of the file that defines a format, so that an edit tokenises anew."""
-    path = getsourcefile(unwrap(encode))  # pyright: ignore[reportArgumentType]
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    """Return a digest of the code that defines a format, so that an edit tokenises anew.
+
+    That is the file of `encode`, and the modules that this file lists as `MADE_OF`.
+    """
+    function = unwrap(encode)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    module = getmodule(function)
+    parts = [getsourcefile(function)]
+    parts += [part.__file__ for part in vars(module).get("MADE_OF", ())] if module else []
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(Path(part).read_bytes() if part else b"")
+    return digest.hexdigest()
+
+
+def marks(tokenizer: Tokenizer, recipe: Recipe) -> tuple[list[int], list[int]]:
+    """Return the ids with which plain text begins and ends: none or one each."""
+    bos = [tokenizer.bos_id] if recipe.add_bos and tokenizer.bos_id is not None else []
+    eos = [tokenizer.eos_id] if recipe.add_eos and tokenizer.eos_id is not None else []
+    return bos, eos

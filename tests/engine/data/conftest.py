@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from engine.data.sources import DataConfig, RowSource, open_rows
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -16,6 +17,31 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tokenizer(cache_folder: str) -> Tokenizer:
     return load_tokenizer(None, cache_folder)
+
+
+CONTROL_TOKENS = (
+    *("<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|eot_id|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<｜User｜>", "<｜Assistant｜>"),
+    *("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+    *("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in tokenizer with the control tokens of all chat templates, as a folder."""
+    folder = tmp_path_factory.mktemp("chat_tokenizer")
+    tokenizer.save(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(list(CONTROL_TOKENS))
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(chat_folder: Path) -> Tokenizer:
+    return load_tokenizer(str(chat_folder), "")
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +65,7 @@ def rows_of(cache_folder: str, tokenizer: Tokenizer) -> Callable[..., RowSource]
         seq_len: int = 64,
         seed: int = 7,
         shuffle: bool = True,
+        tokenizer: Tokenizer = tokenizer,
         **settings: object,
     ) -> RowSource:
         return open_rows(

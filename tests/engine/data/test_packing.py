@@ -1,7 +1,10 @@
+from typing import Literal
+
 import numpy as np
 import pytest
 
 from engine.data.packing import ConcatPacking, OneDocumentPacking, Packing, Permutation
+from engine.data.slices import DocumentSlices
 
 
 def random_offsets(num_documents: int = 1000, longest: int = 300) -> np.ndarray:
@@ -107,16 +110,37 @@ def test_the_unfilled_last_row_is_kept_or_dropped_and_its_tokens_are_counted():
     assert concat(np.array([0, 5]), keep_last=False).rows_per_epoch == 0
 
 
-def test_one_document_per_row_cuts_or_leaves_out_long_documents():
+def test_the_tokens_of_an_epoch_are_those_that_its_rows_hold():
+    settings = [{}, {"keep_last": False}, {"stride": 50}, {"stride": 50, "keep_last": False}]
+    for offsets in (random_offsets(40), np.array([0, 256]), np.array([0, 5])):
+        for changes in settings:
+            packing = concat(offsets, **changes)
+            held = [len(places(packing, offsets, 0, row)) for row in range(packing.rows_per_epoch)]
+            assert packing.tokens_per_epoch == sum(held)
+
+
+def test_one_document_per_row_cuts_splits_or_leaves_out_long_documents():
     offsets = np.array([0, 4, 14, 20, 28])
-    cut = OneDocumentPacking(offsets, seq_len=8, drop_long=False, seed=0, shuffle=False)
+    cut = OneDocumentPacking(slices_of(offsets, "truncate"), seed=0, shuffle=False)
     assert [places(cut, offsets, 0, row) for row in range(cut.rows_per_epoch)] == [
         [0, 1, 2, 3],
         list(range(4, 12)),
         list(range(14, 20)),
         list(range(20, 28)),
     ]
-    left_out = OneDocumentPacking(offsets, seq_len=8, drop_long=True, seed=0, shuffle=True)
+    split = OneDocumentPacking(slices_of(offsets, "split"), seed=0, shuffle=False)
+    assert [places(split, offsets, 0, row) for row in (1, 2)] == [
+        list(range(4, 12)),
+        list(range(12, 14)),
+    ]
+    left_out = OneDocumentPacking(slices_of(offsets, "drop"), seed=0, shuffle=True)
     documents = [left_out.plan(0, row).slices[0].document for row in range(3)]
-    assert left_out.rows_per_epoch == 3
+    assert [one.rows_per_epoch for one in (cut, split, left_out)] == [4, 5, 3]
+    assert [one.tokens_per_epoch for one in (cut, split, left_out)] == [26, 28, 18]
     assert sorted(documents) == [0, 2, 3]
+
+
+def slices_of(
+    offsets: np.ndarray, long_document: Literal["truncate", "drop", "split"]
+) -> DocumentSlices:
+    return DocumentSlices(offsets, seq_len=8, long_document=long_document)

@@ -21,6 +21,7 @@ def write_lines(path: Path, lines: list[str]) -> JsonLines:
     return JsonLines([path])
 
 
+KEEP = BadRecords("raise")
 TEXTS = [f"text {i} é" * (i % 5 + 1) for i in range(50)]
 
 
@@ -61,6 +62,39 @@ def test_bad_records_are_counted_and_the_first_are_kept_as_examples(tmp_path: Pa
     ]
 
 
+def test_a_json_array_is_read_as_its_objects(tmp_path: Path):
+    records = [{"text": text} for text in TEXTS]
+    (tmp_path / "a.json").write_text("\n " + json.dumps(records, indent=1))
+    (tmp_path / "b.json").write_text(json.dumps({"text": "a line"}))
+    reader = JsonLines([tmp_path / "a.json", tmp_path / "b.json"])
+    assert read_all(reader) == [*TEXTS, "a line"]
+    (tmp_path / "b.json").write_text('[{"text": "x"}, 5]')
+    with pytest.raises(ValueError, match=r"b\.json, row 1: a JSON int where an object is expected"):
+        read_all(reader)
+    (tmp_path / "b.json").write_text('[{"text": "x"}')
+    with pytest.raises(ValueError, match=r"b\.json: not valid JSON"):
+        read_all(reader)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 16, 64, 1 << 20])
+def test_records_are_numbered_over_files_and_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+):
+    monkeypatch.setattr(readers, "PIECE_BYTES", piece_bytes)
+    lines = [json.dumps({"text": f"text {i} é" * (i % 3)}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:6]))  # without an end of line
+    (tmp_path / "b.json").write_text(f"[{','.join(lines[6:10])}]")
+    (tmp_path / "c.jsonl").write_text("\n".join([*lines[10:13], "", "{", *lines[15:], ""]))
+    reader = JsonLines([tmp_path / name for name in ("a.jsonl", "b.json", "c.jsonl")])
+    found = {
+        place.number: record
+        for piece in reader.pieces(numbered=True)
+        for place, record in reader.read(piece, BadRecords("skip"))
+    }
+    expected = {i: json.loads(line) for i, line in enumerate(lines) if i not in (13, 14)}
+    assert found == expected, "a line has its number, whether or not it holds a record"
+
+
 def test_text_files_are_one_document_each_and_bytes_that_are_not_utf8_are_bad(tmp_path: Path):
     (tmp_path / "a.txt").write_text("first\nstill first")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
@@ -88,6 +122,11 @@ def test_parquet_gives_its_text_column_over_files_and_row_groups(tmp_path: Path)
     reader = Parquet(sorted(tmp_path.iterdir()), text_field="text")
     assert len(reader.pieces()) == 4 + 3
     assert read_all(reader) == TEXTS
+    places = [place for piece in reader.pieces() for place, _ in reader.read(piece, KEEP)]
+    assert [place.number for place in places] == list(range(50))
+    whole = Parquet(sorted(tmp_path.iterdir()), text_field=None)
+    (_, record) = next(iter(whole.read(whole.pieces()[1], KEEP)))
+    assert record == {"n": 8, "text": TEXTS[8]}, "without a named column all are read"
 
 
 def test_an_unreadable_parquet_file_and_a_missing_column_are_named(tmp_path: Path):
@@ -124,6 +163,10 @@ def test_datasets_folders_are_read_by_split(tmp_path: Path, kind: str):
     opened = open_dataset(str(folder), split="train", key="training.dataset")
     reader = DatasetRows(opened, name="data", text_field="text")
     assert read_all(reader) == TEXTS
+    whole = DatasetRows(opened, name="data", text_field=None)
+    found = [pair for piece in whole.pieces() for pair in whole.read(piece, KEEP)]
+    assert [record for _, record in found] == [*dataset]
+    assert [place.number for place, _ in found] == list(range(50))
     if kind == "splits":
         with pytest.raises(ValueError, match=r"no split 'validation', only 'train', 'test'"):
             open_dataset(str(folder), split="validation", key="validation.dataset")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.data import readers, token_file
-from engine.data.formats import load_format
+from engine.data.formats import load_format, source_digest
 from engine.data.readers import JsonLines
 from engine.data.token_file import Recipe, TokenFile, open_token_file
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -179,6 +179,63 @@ def test_a_format_of_ones_own_is_named_by_its_dotted_path_and_an_edit_tokenises_
     assert len(open_file(format="own.shout").offsets) == 2 * len(plain.offsets) - 1
     with pytest.raises(ValueError, match=r"data\.format = 'own\.quiet' cannot be imported"):
         load_format("own.quiet")
+
+
+HALF = """
+import numpy as np
+from engine.data.formats import Document, text
+def encode(records, **rest):
+    documents = text.encode(records, **rest)
+    return [
+        document if len(document.ids) < 20 or number % 2 else masked(document.ids)
+        for number, document in enumerate(documents)
+    ]
+def masked(ids):
+    return Document(ids, np.array([i % 3 == 0 for i in range(len(ids))]))
+"""
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_a_mask_is_kept_from_the_first_document_that_has_one_and_is_part_of_the_digest(
+    open_file: OpenFile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_processes: int,
+):
+    caplog.set_level("INFO")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "masks.py").write_text(HALF)
+    for name in ("half", "half.masks"):
+        sys.modules.pop(name, None)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 4000)
+    plain = open_file()
+    assert plain.is_trained is None
+    file = open_file(format="half.masks", num_processes=num_processes)
+    assert file.is_trained is not None and file.is_trained.shape == file.tokens.shape
+    assert file.tokens.tolist() == plain.tokens.tolist() and file.digest != plain.digest
+    assert file.is_trained[file.offsets[1] : file.offsets[2]].all()
+    first_masked = int(np.flatnonzero(~np.asarray(file.is_trained))[0])
+    document = int(np.searchsorted(file.offsets, first_masked, side="right")) - 1
+    here = slice(*file.offsets[document : document + 2])
+    assert file.is_trained[here].tolist() == [i % 3 == 0 for i in range(here.stop - here.start)]
+    assert f"{int(file.is_trained.sum()):,} tokens are trained" in caplog.text
+
+
+def test_an_edit_of_a_module_that_a_format_lists_tokenises_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "parted").mkdir()
+    (tmp_path / "parted" / "helper.py").write_text("x = 1\n")
+    source = "from parted import helper\nMADE_OF = (helper,)\ndef encode(records, **rest): ...\n"
+    (tmp_path / "parted" / "whole.py").write_text(source)
+    encode = load_format("parted.whole")
+    before = source_digest(encode)
+    assert source_digest(encode) == before
+    (tmp_path / "parted" / "helper.py").write_text("x = 2\n")
+    assert source_digest(encode) != before
 
 
 SLOW = """

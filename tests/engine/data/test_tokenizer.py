@@ -3,6 +3,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from engine.data import tokenizer as tokenizer_file
@@ -116,3 +118,27 @@ def test_the_builtin_corpus_is_real_and_its_splits_are_apart():
     assert 2e5 < sum(path.stat().st_size for path in validation) < 5e6
     parts = {part for path in (*train, *validation) for part in path.parts}
     assert not parts & (SKIPPED_FOLDERS - {"test"}), "installed packages are not our corpus"
+
+
+def test_tokens_begin_at_their_blank_whatever_the_post_processor_trims(
+    tokenizer: Tokenizer, tmp_path: Path
+):
+    tokenizer.save(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # pyright: ignore
+    backend.save(str(tmp_path / "tokenizer.json"))
+    trimming = load_tokenizer(str(tmp_path), "")
+    text = "return  self été\n\n    日"
+    expected = [0, 6, 7, 12, 13, 13, 14, 15, 15, 16, 21, 22, 22, 22]
+    for one in (tokenizer, trimming):
+        ((ids, begins),) = one.encode_with_begins([text])
+        assert ids == one.encode(text) == tokenizer.encode(text)
+        assert begins.tolist() == expected
+    assert tokenizer.encode_with_begins([""])[0][0] == []
+
+
+def test_special_tokens_have_the_names_that_templates_use(tokenizer: Tokenizer):
+    expected = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    assert tokenizer.special_tokens == expected
+    assert tokenizer.added_tokens == set(expected.values())
+    assert tokenizer.chat_template == ""
