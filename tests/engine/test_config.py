@@ -27,6 +27,11 @@ OUR_DEFAULTS = {
 
 NOT_ALONE = {
     "checkpoint.initial_load_in_hf_quantized": ["--checkpoint.enable"],
+    "data.chat_template": ["--data.format=chat"],
+    "data.train_on": ["--data.format=chat"],
+    "data.system_prompts": ["--data.format=chat"],
+    "data.system_prompt_rate": ["--data.format=chat"],
+    "data.long_document": ["--data.packing=none"],
     "data.stride": ["--data.stride", "5"],
     "experimental.custom_import": ["--experimental.custom_import", "json"],
     "job.custom_config_module": ["--job.custom_config_module", "engine.config"],
