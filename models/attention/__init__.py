@@ -2,7 +2,8 @@
 
 A backend has `prepare(mask)`, called once per forward pass, `attend(q, k, v, *, mask, scale)`,
 called by every block, and `unsupported_reason(...)`. The one asked for is used or refused. Those
-that also have the functions of `PieceBackend` can attend to the keys piece by piece.
+that also have the functions of `PieceBackend` can attend to the keys piece by piece; those with
+`NEEDS_WHOLE_ROWS = True` attend document by document, from the offsets of whole rows.
 """
 
 from collections.abc import Sequence

@@ -36,9 +36,6 @@ CHUNK_TOKENS = 4096
 REPEATS = 20
 HEAD_START_CYCLES = 10_000_000  # about 5 ms
 
-Step = Callable[[], tuple[Tensor, list[Tensor]]]
-"""Runs forward and backward; returns the result and the gradients."""
-
 
 def milliseconds(work: Callable[[], object], prepare: Callable[[], object] | None = None) -> float:
     """Return the median time of `work` on the device, after warm-up."""

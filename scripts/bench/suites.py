@@ -82,7 +82,7 @@ def _documents(name: str, attention: str, *more: str, seq_len: int = 8192) -> Be
 HALF_PADDED = 6144
 """Length of a row that the standard library's files fill by half, one in each."""
 
-_EAGER_1B = (
+_LAYERS_1B = (
     *_speed(2, "sdpa"),
     "--model.hf_assets_path=scripts/bench/llama_1b_untied",
 )
@@ -93,7 +93,7 @@ def _kernels(name: str, *more: str) -> BenchRow:
         name=f"llama-1b-untied {name}",
         gpus=1,
         config_file="train_configs/llama3_1b.toml",
-        overrides=(*_EAGER_1B, *more),
+        overrides=(*_LAYERS_1B, *more),
     )
 
 
