@@ -17,7 +17,8 @@ from engine.config import JobConfig
 from engine.data.batch import Batch
 from engine.data.chat_templates import template_text
 from engine.data.loader import train_batches, validation_batches
-from engine.data.sources import RowSource, open_rows
+from engine.data.rows import RowSource
+from engine.data.sources import open_rows
 from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from engine.distributed import World
 from engine.health import NonFinitePolicy

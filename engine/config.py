@@ -9,7 +9,7 @@ from typing import Literal
 
 from engine.checkpoint import CheckpointConfig
 from engine.combinations import refusals
-from engine.data.loader import DataConfig
+from engine.data.config import DataConfig
 from engine.distributed import CommConfig, DebugConfig
 from engine.evaluate import ValidationConfig
 from engine.metrics import MetricsConfig

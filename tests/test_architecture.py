@@ -224,7 +224,7 @@ def test_every_public_name_and_config_field_is_documented(path: Path) -> None:
         ("engine.data.loader", "from parallelisms.mesh import ParallelDims", "parallelisms.mesh"),
         (
             "engine.objectives.pretrain",
-            "from engine.data.loader import DataConfig",
+            "from engine.data.loader import train_batches",
             "engine.data.loader",
         ),
         ("engine.loop", "from .step import train_step", "relative import"),

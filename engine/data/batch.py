@@ -28,6 +28,9 @@ class Row:
     positions_T: Tensor
     documents_T: Tensor
 
+    source: int = 0
+    """Number of the source that the row comes from, among those of the run."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
@@ -43,6 +46,9 @@ class Batch:
 
     rows_B: Tensor
     """Global row numbers, int64, -1 for a filler row that trains nothing."""
+
+    sources_B: Tensor
+    """Number of the source of each row, int64."""
 
     one_document_per_row: bool
     """No row of the source holds a second document (trailing padding is allowed): causal attention
@@ -86,6 +92,7 @@ def collate(
         documents_BT=documents_BT,
         document_offsets=document_offsets(documents_BT),
         rows_B=torch.tensor([number for number, _ in numbered_rows]),
+        sources_B=torch.tensor([row.source for row in rows]),
         one_document_per_row=one_document_per_row,
         squared_document_tokens=sum(int(length.square().sum()) for length in lengths),
     )

@@ -18,9 +18,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row, collate
-from engine.data.sources import DataConfig, RowSource
-
-__all__ = ["DataConfig", "DataloaderConfig", "train_batches", "validation_batches"]
+from engine.data.rows import RowSource
 
 FILLER = -1
 NEVER = 1 << 62

@@ -21,6 +21,7 @@ def batch_of(labels: list[list[int]]) -> Batch:
         documents_BT=torch.ones_like(labels_BT),
         document_offsets=document_offsets(torch.ones_like(labels_BT)),
         rows_B=torch.arange(len(labels)),
+        sources_B=torch.zeros(len(labels), dtype=torch.int64),
         one_document_per_row=True,
         squared_document_tokens=labels_BT.shape[1] ** 2 * len(labels),
     )

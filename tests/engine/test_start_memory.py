@@ -6,7 +6,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import resource
 import psutil
 import torch
 from models.initialise import initial_values
@@ -32,7 +31,9 @@ with fake_process_group(RANKS):
     before = psutil.Process().memory_info().rss
     materialise(model, "cpu")
     fill(model, initial_values(model, config, seed=1))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which a process takes over from the one that started it.
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    peak = int(line.split()[1]) * 1024
     part = sum(p.to_local().nbytes for p in model.parameters())
     print((peak - before) / part, part)
 """

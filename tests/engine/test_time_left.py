@@ -10,7 +10,7 @@ import pytest
 
 from engine.data import sources
 from engine.data.batch import Row
-from engine.data.sources import DummyRows
+from engine.data.rows import DummyRows
 from engine.loop import fit
 from engine.metrics import TimeLeft
 from engine.trackers import format_duration

@@ -32,6 +32,7 @@ class RaggedRows:
     rows_per_epoch: int = 64
     seq_len: int = SEQ_LEN
     vocab_size: int = 64
+    source_names: tuple[str, ...] = ("ragged",)
     fingerprint: str = "ragged"
     one_document_per_row: bool = False
 

@@ -88,7 +88,7 @@ class Cluster:
             self._start("slurmctld", "-D", "-c")
             for node in NODES:
                 self._start("slurmd", "-D", "-N", node)
-            wait_until(self._is_idle, seconds=60, what="both nodes to be idle", report=self.logs)
+            wait_until(self.is_idle, seconds=60, what="both nodes to be idle", report=self.logs)
         except BaseException:
             self.__exit__()
             raise
@@ -172,7 +172,8 @@ class Cluster:
             )
         self._daemons.append(daemon)
 
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
+        """Whether no node works for a job, or still clears up after one."""
         states = subprocess.run(
             ["sinfo", "--noheader", "--Node", "--format=%T"],
             env=self.environment,

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,7 +93,10 @@ def test_a_job_trains_on_both_nodes_and_goes_on_after_requeueing_itself(
     assert f"saved step {saved} and requeues itself" in output.read_text()
     before = {step: loss for step, loss in losses(folder).items() if step <= saved}
 
-    wait_for(lambda: started_again(cluster, job, output), "the requeued job to start")
+    wait_for(lambda: waits_for_free_nodes(cluster, job), "the first start to leave the nodes")
+    start_now(cluster, job)
+    # The job's state would not tell: between requeueing and starting it shows ended ones, too.
+    wait_for(lambda: f"job {job} (start 1)" in output.read_text(), "the requeued job to start")
     wait_for(lambda: cluster.job(job)["JobState"] in ENDED, "the second start to finish")
     assert cluster.job(job)["JobState"] == "COMPLETED", report()
     after = losses(folder)
@@ -102,14 +106,14 @@ def test_a_job_trains_on_both_nodes_and_goes_on_after_requeueing_itself(
     shutil.rmtree(folder)
 
 
-def started_again(cluster: Cluster, job: str, output: Path) -> bool:
-    """Whether a requeued job has started; spares it the two minutes that SLURM holds it back.
+def waits_for_free_nodes(cluster: Cluster, job: str) -> bool:
+    """Whether a requeued job is held back, with nothing of its first start left on the nodes."""
+    return cluster.job(job)["JobState"] == "PENDING" and cluster.is_idle()
 
-    Its state alone would not tell: between requeueing and starting it shows ended ones, too.
-    """
-    if f"job {job} (start 1)" in output.read_text():
-        return True
-    if cluster.job(job)["JobState"] == "PENDING":
-        # Refused where the job starts between these two commands.
-        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", may_fail=True)
-    return False
+
+def start_now(cluster: Cluster, job: str) -> None:
+    """Spare a requeued job the two minutes that SLURM holds it back."""
+    # A node refuses a start in the second in which it withdrew the one before.
+    time.sleep(2)
+    # Refused if the job has started by itself.
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", may_fail=True)

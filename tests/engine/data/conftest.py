@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from engine.data.sources import DataConfig, RowSource, open_rows
+from engine.data.config import DataConfig
+from engine.data.rows import RowSource
+from engine.data.sources import open_rows
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -15,10 +15,11 @@ import torch
 from engine.data import readers
 from engine.data.batch import IGNORED_LABEL
 from engine.data.chat_templates import template_text
+from engine.data.config import DataConfig
 from engine.data.conversation import read_conversation
 from engine.data.formats import Recipe
 from engine.data.formats.chat import with_system_prompt
-from engine.data.sources import DataConfig, RowSource
+from engine.data.rows import RowSource
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from tests.engine.data.test_chat_templates import END, TOOLS, encode_chat, trained_text, turns
 

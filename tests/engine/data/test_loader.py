@@ -12,7 +12,7 @@ import torch
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, collate
 from engine.data.loader import DataloaderConfig, train_batches, validation_batches
-from engine.data.sources import RowSource
+from engine.data.rows import RowSource
 
 RowsOf = Callable[..., RowSource]
 NO_WORKERS = DataloaderConfig()
@@ -240,7 +240,7 @@ def test_pinning_is_passed_over_without_a_gpu(rows: RowSource, monkeypatch: pyte
 def test_an_uncaught_error_ends_the_process_although_workers_outlive_signals():
     program = """
 from engine.data.loader import DataloaderConfig, train_batches
-from engine.data.sources import DummyRows
+from engine.data.rows import DummyRows
 rows = DummyRows(seq_len=8, vocab_size=9, num_tokens=800, seed=1)
 batches = train_batches(
     rows, local_batch_size=1, global_batch_size=1, batch_rank=0, batch_degree=1, start_row=0,

@@ -12,8 +12,9 @@ import torch
 
 from engine.data import sources
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row
+from engine.data.config import DataConfig
 from engine.data.loader import DataloaderConfig, train_batches, validation_batches
-from engine.data.sources import DataConfig, RowSource
+from engine.data.rows import RowSource
 
 RowsOf = Callable[..., RowSource]
 SEQ_LEN = 64

@@ -12,7 +12,8 @@ import torch
 
 from engine.data import sources
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Row
-from engine.data.sources import DataConfig, RowSource
+from engine.data.config import DataConfig
+from engine.data.rows import RowSource
 from engine.data.tokenizer import Tokenizer
 
 RowsOf = Callable[..., RowSource]
@@ -20,7 +21,8 @@ RowsOf = Callable[..., RowSource]
 
 def equal(left: Row, right: Row) -> bool:
     return all(
-        torch.equal(getattr(left, name), getattr(right, name)) for name in Row.__dataclass_fields__
+        torch.equal(torch.as_tensor(getattr(left, name)), torch.as_tensor(getattr(right, name)))
+        for name in Row.__dataclass_fields__
     )
 
 
