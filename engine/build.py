@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from engine.config import JobConfig
 from engine.data.batch import Batch
 from engine.data.chat_templates import template_text
 from engine.data.loader import train_batches, validation_batches
+from engine.data.mixture import MixedRows, mix, numbered
 from engine.data.rows import RowSource
 from engine.data.sources import open_rows
+from engine.data.stdlib import Split
 from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from engine.distributed import World
 from engine.health import NonFinitePolicy
@@ -62,6 +65,12 @@ class Run:
     validation: Callable[[], Iterable[Batch]] | None
     """Opens one pass over the held-out rows; None where the run does not validate."""
 
+    validation_names: tuple[str, ...]
+    """Names of the held-out sources."""
+
+    mixture: MixedRows | None
+    """The training rows, where they are mixed from sources."""
+
 
 def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     """Build a run; every rank calls this together. A user's mistake is a ValueError."""
@@ -69,7 +78,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     architecture = resolve_architecture(config.model, model_needs(config, world.device.type))
     tokenizer = open_tokenizer(config)
     check_combinations(config, dims, architecture.config, tokenizer.vocab_size)
-    rows = None if config.validation.only else _open_training_rows(config, tokenizer)
+    rows = None if config.validation.only else _open_training_rows(config, tokenizer, dims)
     validation = _validation_batches(config, tokenizer, dims)
     _agree_on_data(tokenizer, rows)
     _log_work(config, dims, architecture)
@@ -110,6 +119,8 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
         meter=meter,
         stalls=stalls,
         validation=validation,
+        validation_names=tuple(source.name for source in config.validation.sources) or ("",),
+        mixture=rows if isinstance(rows, MixedRows) else None,
     )
 
 
@@ -140,7 +151,9 @@ def _log_frozen(model: nn.Module) -> None:
 def open_tokenizer(config: JobConfig) -> Tokenizer:
     """Return the run's tokenizer; dummy tokens do without one of the model's own."""
     folder = config.model.tokenizer_folder
-    if folder and not has_tokenizer(folder) and config.training.dataset == "dummy":
+    trained = config.data.read(config.training.dataset)
+    only_dummies = all(dataset == "dummy" for dataset, _ in trained)
+    if folder and not has_tokenizer(folder) and only_dummies:
         log.info(
             "%s holds no tokenizer: dummy tokens need none, the built-in one stands in", folder
         )
@@ -159,45 +172,59 @@ def precision_of(config: JobConfig) -> PrecisionConfig:
     )
 
 
-def _open_training_rows(config: JobConfig, tokenizer: Tokenizer) -> RowSource:
-    training = config.training
-    return open_rows(
-        training.dataset,
-        training.dataset_path,
-        split="train",
-        seq_len=training.seq_len,
+def _open_training_rows(config: JobConfig, tokenizer: Tokenizer, dims: ParallelDims) -> RowSource:
+    training, sources = config.training, config.data.sources
+    opened = _opener(config, tokenizer, "train", training.seq_len)
+    if not sources:
+        return opened(training.dataset, training.dataset_path)
+    rows_per_step = training.rows_per_step(dims.batch_degree)
+    mixture = mix(
+        [opened(source.dataset, source.path, source=source) for source in sources],
+        sources,
+        rows_per_step=rows_per_step,
         seed=config.debug.effective_seed,
-        tokenizer=tokenizer,
-        config=config.data,
-        shuffle=True,
     )
+    mixture.log_plan(training.steps * rows_per_step)
+    return mixture
 
 
 def _validation_batches(
     config: JobConfig, tokenizer: Tokenizer, dims: ParallelDims
 ) -> Callable[[], Iterable[Batch]] | None:
-    validation = config.validation
+    validation, sources = config.validation, config.validation.sources
     if not (validation.enable or validation.only):
         return None
-    rows = open_rows(
-        validation.dataset,
-        validation.dataset_path,
-        split="validation",
-        seq_len=validation.seq_len,
+    opened = _opener(config, tokenizer, "validation", validation.seq_len)
+    if sources:
+        parts = numbered([opened(source.dataset, source.path, source=source) for source in sources])
+    else:
+        parts = [opened(validation.dataset, validation.dataset_path)]
+    return lambda: chain.from_iterable(
+        validation_batches(
+            rows,
+            local_batch_size=validation.local_batch_size,
+            batch_rank=dims.batch_rank,
+            batch_degree=dims.batch_degree,
+            steps=validation.steps,
+            dataloader=validation.dataloader,
+            pad_to_multiple=config.parallelism.token_multiple,
+        )
+        for rows in parts
+    )
+
+
+def _opener(
+    config: JobConfig, tokenizer: Tokenizer, split: Split, seq_len: int
+) -> Callable[..., RowSource]:
+    return partial(
+        open_rows,
+        split=split,
+        seq_len=seq_len,
         seed=config.debug.effective_seed,
         tokenizer=tokenizer,
         config=config.data,
-        # Shuffled, so that the first `steps` batches stand for the whole set.
+        # Held-out rows too, so that the first `validation.steps` batches stand for the whole set.
         shuffle=True,
-    )
-    return lambda: validation_batches(
-        rows,
-        local_batch_size=validation.local_batch_size,
-        batch_rank=dims.batch_rank,
-        batch_degree=dims.batch_degree,
-        steps=validation.steps,
-        dataloader=validation.dataloader,
-        pad_to_multiple=config.parallelism.token_multiple,
     )
 
 
@@ -253,7 +280,8 @@ def _generation_config(
     """Return that of the model's folder; after chats, generation stops at ends of turns too."""
     folder = config.model.hf_assets_path
     found = read_generation_config(Path(folder)) if folder else {}
-    if config.data.format != "chat" or config.training.dataset == "dummy":
+    trained = config.data.read(config.training.dataset)
+    if not any(dataset != "dummy" and form == "chat" for dataset, form in trained):
         return found
     from engine.data.chat_template import ChatTemplate  # slow to import, and only for chats
 
@@ -359,6 +387,7 @@ def _build_trainer(
         rows_per_step=rows_per_step,
         microbatches=rows_per_step // (training.local_batch_size * dims.batch_degree),
         max_norm=training.max_norm,
+        source_names=rows.source_names if rows is not None else ("",),
         watched=stalls.working,
     )
 

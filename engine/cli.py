@@ -36,7 +36,9 @@ from engine.schema import (
     leaves,
     nested,
     raise_mistakes,
+    table_class,
 )
+from engine.tables import apply_option, help_text, owner_of, table_mistakes
 
 Config = TypeVar("Config")
 
@@ -134,9 +136,12 @@ def _toml_values(
         if key not in schema:
             problems.append(f"{key} = {_toml_word(value)} in {path} {_unknown(key, schema)}")
             continue
-        leaf, value = schema[key], from_toml(schema[key].hint, value)
+        leaf, given = schema[key], value
+        value = from_toml(leaf.hint, given)
         if accepts(leaf.hint, value):
             values[key] = value
+        elif table_class(leaf.hint):
+            problems += table_mistakes(leaf, given, f" in {path}")
         else:
             problems.append(
                 f"{key} = {_toml_word(value)} in {path} has the wrong type; "
@@ -240,16 +245,21 @@ def _option_values(
         _print_help(_mirror(cls, schema, defaults), prog)
     switches = {_negative(k): k for k, leaf in schema.items() if leaf.hint is bool}
     known: list[tuple[str, Option]] = []
+    lists: dict[str, Any] = {}
     for option in options:
         key = switches.get(option.name, option.name)
-        if key in schema:
+        if leaf := owner_of(option.name, schema):
+            tables = lists.get(leaf.key, defaults[leaf.key])
+            lists[leaf.key], refused = apply_option(leaf, option.name, option.words, tables)
+            problems += refused
+        elif key in schema:
             known.append((key, option))
         elif not option.name:
             problems.append(f"{option.words[0]!r} on the command line belongs to no --section.key")
         else:
             problems.append(f"--{option.name} {_unknown(option.name, schema)}")
     if not known:
-        return {}
+        return lists
     mirror = _mirror(cls, {key: schema[key] for key, _ in known}, defaults)
     parsed = _parse(mirror, [word for _, option in known for word in option.arguments()])
     if parsed is None:
@@ -258,7 +268,7 @@ def _option_values(
         parsed = _parse(mirror, [word for _, option in good for word in option.arguments()])
         known = good
     flat = flatten(parsed)
-    return {key: flat[key] for key, _ in known}
+    return {key: flat[key] for key, _ in known} | lists
 
 
 def _negative(key: str) -> str:
@@ -287,7 +297,11 @@ def _mirror(cls: Any, schema: Mapping[str, Leaf], defaults: Mapping[str, Any]) -
                 leaf = schema[key]
                 # With its sentence at hand tyro does not go looking for it in source files.
                 hint = Annotated[leaf.hint, tyro.conf.arg(help=leaf.sentence)]
-                made.append((name, hint, _field(defaults[key])))
+                value = defaults[key]
+                if table_class(leaf.hint):
+                    hint = Annotated[str, tyro.conf.arg(help=help_text(leaf), metavar="TABLES")]
+                    value = json.dumps([table["name"] for table in value])
+                made.append((name, hint, _field(value)))
             elif any(known.startswith(f"{key}.") for known in schema):
                 inner = make(value, f"{key}.")
                 hint = Annotated[inner, tyro.conf.arg(help=inner.__doc__)]

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 from engine import titan
 from engine.checkpoint_rules import CHECKPOINT_RULES
+from engine.data.config import DATASETS_FROM_FILES
 from engine.layout_rules import CONTEXT_RULES, LAYOUT_RULES
 from engine.rules import Facts, Rule, gather_facts
 from engine.schema import raise_mistakes
+from engine.step import TrainingConfig
 from models.decoder import DecoderConfig
 from parallelisms.mesh import ParallelDims
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
-
-DATASETS_FROM_FILES = frozenset({"text", "json", "jsonl", "parquet"})
 
 DEVICE_RULES = (
     Rule(
@@ -209,6 +209,19 @@ DATA_RULES = (
         ),
         reason="this source reads files, and none is named",
         remedy="give a file or folder as validation.dataset_path, or another source",
+    ),
+    Rule(
+        id="dataset_beside_sources",
+        keys=("training.dataset", "training.dataset_path"),
+        applies=lambda f: (
+            bool(f.config.data.sources)
+            and (
+                f.config.training.dataset != TrainingConfig().dataset
+                or f.config.training.dataset_path is not None
+            )
+        ),
+        reason="data.sources names all that is read",
+        remedy="make it one of the sources, or leave it out",
     ),
     Rule(
         id="stride_longer_than_a_row",

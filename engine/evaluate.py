@@ -1,16 +1,17 @@
 """The objective on held-out rows, and nothing else: no gradients, no training state touched."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from engine.data.batch import Batch
+from engine.data.config import SourceConfig, check_names
 from engine.data.loader import DataloaderConfig
 from engine.objectives import Objective, combine
-from engine.step import local_tokens, model_inputs, sum_globally
+from engine.step import added_up, local_tokens, model_inputs, sum_globally, sums_by_source
 from parallelisms.collectives import SequenceSum
 from parallelisms.mesh import ParallelDims
 
@@ -31,6 +32,10 @@ class ValidationConfig:
     dataset_path: str | None = None
     """File or folder of the data, where the source needs one."""
 
+    sources: list[SourceConfig] = field(default_factory=list[SourceConfig])
+    """Held-out sources, `[[validation.sources]]` once for each, in place of validation.dataset; the
+    loss of each is written too."""
+
     local_batch_size: int = 8
     """Rows of one forward pass on one data-parallel rank."""
 
@@ -41,7 +46,7 @@ class ValidationConfig:
     """Optimizer steps between two validations."""
 
     steps: int = -1
-    """Forward passes on each rank; -1 is one whole pass over the validation rows."""
+    """Forward passes on each rank over each source; -1 is one whole pass over its rows."""
 
     dataloader: DataloaderConfig = field(default_factory=DataloaderConfig)
     """Workers that read validation rows."""
@@ -55,6 +60,13 @@ class ValidationConfig:
                 f"validation.steps = {self.steps}; give a number of forward passes, or -1 for one "
                 "whole pass"
             )
+        check_names(self.sources, "validation")
+        if self.sources and (self.dataset != "python_stdlib" or self.dataset_path is not None):
+            raise ValueError(
+                f"validation.dataset = {self.dataset!r} with dataset_path = {self.dataset_path!r} "
+                "stands beside validation.sources, which names all that is read; make it one of "
+                "the sources, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +79,9 @@ class Validation:
 
     seconds: float
 
+    losses: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
+    """Loss of each source by name where there are several; none where it has no scored token."""
+
 
 @torch.no_grad()
 def evaluate(
@@ -75,25 +90,36 @@ def evaluate(
     batches: Callable[[], Iterable[Batch]],
     dims: ParallelDims,
     device: torch.device,
+    source_names: Sequence[str] = ("",),
 ) -> Validation:
-    """Return the token-weighted loss over all rows of `batches()`.
+    """Return the token-weighted loss over all rows of `batches()`, and that of each source.
 
-    Every rank must call this with the same number of batches.
+    Every rank must call this with the same number of batches. `source_names` are what their
+    `sources_B` count in.
     """
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    sequence_sum = SequenceSum(dims)
+    sequence_sum, num_sources = SequenceSum(dims), len(source_names)
     sums: list[dict[str, Tensor]] = []
     counts: list[dict[str, Tensor]] = []
     for on_host in batches():
         whole = on_host.to(device)
         batch = local_tokens(whole, dims)
         logps_BT = model(batch.tokens_BT, **model_inputs(batch))
-        sums.append(objective.sums(logps_BT, batch, sequence_sum))
-        counts.append(objective.counts(whole))
+        row_sums = objective.sums(logps_BT, batch, sequence_sum)
+        sums.append(sums_by_source(row_sums, batch, num_sources))
+        counts.append(sums_by_source(objective.counts(whole), whole, num_sources))
     model.train(was_training)
-    total_counts = sum_globally(counts, dims, "batch")
-    loss = combine(sum_globally(sums, dims, "loss"), total_counts, objective.coefficients)
-    seconds = time.perf_counter() - started
-    return Validation(loss=float(loss), tokens=int(sum(total_counts.values())), seconds=seconds)
+    of_sources = sum_globally(sums, dims, "loss"), sum_globally(counts, dims, "batch")
+    total_sums, total_counts = map(added_up, of_sources)
+    loss = combine(total_sums, total_counts, objective.coefficients)
+    losses = combine(*of_sources, objective.coefficients).tolist()
+    scored = torch.stack(list(of_sources[1].values())).sum(dim=0).tolist()
+    found = [one if number else None for one, number in zip(losses, scored, strict=True)]
+    return Validation(
+        loss=float(loss),
+        tokens=int(sum(scored)),
+        seconds=time.perf_counter() - started,
+        losses=dict(zip(source_names, found, strict=True)) if num_sources > 1 else {},
+    )

@@ -20,7 +20,7 @@ from engine.profiling import Profiler
 from engine.run_folder import Difference, RunFolder, unwritable
 from engine.schedule import lr_factor, set_learning_rate, shortening
 from engine.schema import flatten
-from engine.step import train_step
+from engine.step import StepReport, train_step
 from engine.trackers import Trackers, build_trackers
 
 log = logging.getLogger("tessera")
@@ -126,7 +126,7 @@ def _train(run: Run, trackers: Trackers, signals: SignalWatcher) -> None:
             if step == first_step:
                 shorten_timeouts(config.comm)
             if _should_validate(config, step) and row is not None:
-                row["validation_loss"] = _validate(run).loss
+                row |= _validation_row(_validate(run))
             if row is None:
                 trackers.advance(step)
             else:
@@ -163,6 +163,8 @@ def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
     counters["rows_consumed"] += rows
     counters["tokens"] += report.tokens
     counters["trained_tokens"] += report.trained_tokens
+    for name, source in report.sources.items():
+        counters[f"tokens/{name}"] = counters.get(f"tokens/{name}", 0) + source.tokens
     if not config.metrics.is_due(step, steps) and not _should_validate(config, step):
         return None
     return meter.report(
@@ -170,8 +172,30 @@ def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
         loss=report.loss,
         grad_norm=report.grad_norm,
         lr=config.optimizer.lr * factor,
-        extra={**run.stalls.take(), "skipped_steps": run.trainer.nonfinite.num_skipped_steps},
+        extra={
+            **run.stalls.take(),
+            "skipped_steps": run.trainer.nonfinite.num_skipped_steps,
+            **_source_row(run, report),
+        },
     )
+
+
+def _source_row(run: Run, report: StepReport) -> dict[str, float | None]:
+    """Return the numbers of each source where the run mixes several; nothing else does."""
+    counters = run.state.counters
+    if not report.sources or run.mixture is None:
+        return {}
+    epochs = run.mixture.epochs_read(int(counters["rows_consumed"]))
+    return {
+        **{f"loss/{name}": source.loss for name, source in report.sources.items()},
+        **{f"tokens/{name}": counters[f"tokens/{name}"] for name in report.sources},
+        **{f"epochs/{name}": epochs[name] for name in report.sources},
+    }
+
+
+def _validation_row(result: Validation) -> dict[str, float | None]:
+    losses = {f"validation_loss/{name}": loss for name, loss in result.losses.items()}
+    return {"validation_loss": result.loss, **losses}
 
 
 def _should_validate(config: JobConfig, step: int) -> bool:
@@ -184,7 +208,12 @@ def _validate(run: Run) -> Validation:
     assert run.validation is not None, "validation data was opened where validation is asked for"
     trainer = run.trainer
     result = evaluate(
-        trainer.model, trainer.objective, run.validation, trainer.dims, trainer.device
+        trainer.model,
+        trainer.objective,
+        run.validation,
+        trainer.dims,
+        trainer.device,
+        run.validation_names,
     )
     log.info(
         "validation loss %.4f over %s tokens in %.1f s",
@@ -192,6 +221,8 @@ def _validate(run: Run) -> Validation:
         f"{result.tokens:,}",
         result.seconds,
     )
+    for name, loss in result.losses.items():
+        log.info("validation loss of %s: %s", name, "none" if loss is None else f"{loss:.4f}")
     return result
 
 

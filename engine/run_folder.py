@@ -17,6 +17,7 @@ import tomli_w
 
 from engine.manifest import DamagedCheckpoint, read_manifest, step_folder, steps_in
 from engine.schema import flatten, from_toml, leaves, nested
+from engine.tables import spread
 from parallelisms.mesh import ParallelDims
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ DECIDES_THE_ROWS = frozenset(
         "training.dataset_path",
         "training.seq_len",
         "training.global_batch_size",
+        "data.sources",
         "data.format",
         "data.text_field",
         "data.bos",
@@ -79,7 +81,8 @@ class Difference:
 
     def forbids_resuming(self, *, only_model: bool) -> bool:
         """Whether a checkpoint of the old configuration, or its model, means nothing to the new."""
-        return self.key in DECIDES_THE_WEIGHTS or (self.key in DECIDES_THE_ROWS and not only_model)
+        decides_rows = self.key in DECIDES_THE_ROWS or self.key.startswith("data.sources.")
+        return self.key in DECIDES_THE_WEIGHTS or (decides_rows and not only_model)
 
     def __str__(self) -> str:
         """Return `key: old -> new`."""
@@ -155,7 +158,9 @@ class RunFolder:
         """
         if not self.config.is_file():
             return []
-        differences = compare(_read(self.config, config), resolved(config, world_size))
+        schema = leaves(type(config))
+        old, new = _read(self.config, config), resolved(config, world_size)
+        differences = compare(spread(old, new, schema), spread(new, old, schema))
         only_validates = config.validation.only
         fatal = [str(d) for d in differences if d.forbids_resuming(only_model=only_validates)]
         if fatal and self.holds_checkpoints():

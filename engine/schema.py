@@ -46,7 +46,7 @@ def _walk(cls: type, default: Any, prefix: str) -> Iterator[Leaf]:
             yield from _walk(type(value), value, f"{key}.")
         else:
             sentence = sentences.get(field.name, "")
-            yield Leaf(key=key, hint=hints[field.name], default=value, sentence=sentence)
+            yield Leaf(key=key, hint=hints[field.name], default=plain(value), sentence=sentence)
 
 
 @cache
@@ -73,15 +73,48 @@ def field_sentences(cls: type) -> dict[str, str]:
     return found
 
 
+def table_class(hint: Any) -> type | None:
+    """Return the dataclass of a list of tables such as `[[data.sources]]`; none of other hints."""
+    item = get_args(hint)[0] if get_origin(hint) is list else None
+    return item if isinstance(item, type) and dataclasses.is_dataclass(item) else None
+
+
+def table_leaves(cls: type) -> dict[str, Leaf]:
+    """Return the keys of one table of a list by name; the default of a required one is MISSING."""
+    hints, sentences = get_type_hints(cls), field_sentences(cls)
+    found: dict[str, Leaf] = {}
+    for field in dataclasses.fields(cls):
+        make = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
+        found[field.name] = Leaf(
+            key=field.name,
+            hint=hints[field.name],
+            default=default,
+            sentence=sentences.get(field.name, ""),
+        )
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Return a list of tables as `{name: value}` each; any other value as it is."""
+    if not isinstance(value, list):
+        return value
+    items = typing.cast("list[Any]", value)
+    return [flatten(item) if dataclasses.is_dataclass(item) else item for item in items]
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return `{key: value}` for every key of a config tree, in file order."""
+    """Return `{key: value}` for every key of a config tree, in file order.
+
+    A list of tables is one key, and its value a list of such dictionaries.
+    """
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             flat |= flatten(value, f"{prefix}{field.name}.")
         else:
-            flat[prefix + field.name] = value
+            flat[prefix + field.name] = plain(value)
     return flat
 
 
@@ -103,16 +136,30 @@ def _construct(
 ) -> Any:
     arguments: dict[str, Any] = {}
     complete = True
+    hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         key, value = prefix + field.name, getattr(default, field.name)
         if dataclasses.is_dataclass(value):
             value = _construct(type(value), value, values, f"{key}.", problems)
             complete = complete and value is not None
-        arguments[field.name] = values.get(key, value)
+        value = values.get(key, value)
+        if item := table_class(hints[field.name]):
+            value = [_table(item, table, f"{key}.", problems) for table in value]
+            complete = complete and None not in value
+        arguments[field.name] = value
     if not complete:
         return None
     try:
         return cls(**arguments)
+    except ValueError as error:
+        problems.append(_with_full_keys(str(error), prefix))
+        return None
+
+
+def _table(cls: type, table: Any, prefix: str, problems: list[str]) -> Any:
+    """Build one table of a list; its messages begin with the list's own name and the entry's."""
+    try:
+        return cls(**table) if isinstance(table, dict) else table
     except ValueError as error:
         problems.append(_with_full_keys(str(error), prefix))
         return None
@@ -141,8 +188,17 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         table = root
         for part in tables:
             table = table.setdefault(part, {})
-        table[name] = NONE_WORD if value is None else value
+        table[name] = _to_toml(value)
     return root
+
+
+def _to_toml(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_to_toml(item) for item in typing.cast("list[Any]", value)]
+    if isinstance(value, dict):
+        items = typing.cast("dict[str, Any]", value).items()
+        return {name: _to_toml(item) for name, item in items}
+    return NONE_WORD if value is None else value
 
 
 def _choices(hint: Any) -> list[Any]:
@@ -166,6 +222,10 @@ def accepts(hint: Any, value: object) -> bool:
             matches = isinstance(value, list) and all(
                 accepts(item, v) for v in typing.cast("list[object]", value)
             )
+        elif dataclasses.is_dataclass(part):
+            matches = isinstance(value, dict) and _accepts_table(
+                table_leaves(typing.cast("type", part)), typing.cast("dict[str, object]", value)
+            )
         elif part is float:
             matches = isinstance(value, float | int) and not isinstance(value, bool)
         else:
@@ -175,13 +235,22 @@ def accepts(hint: Any, value: object) -> bool:
     return False
 
 
+def _accepts_table(schema: Mapping[str, Leaf], table: Mapping[str, object]) -> bool:
+    required = {name for name, leaf in schema.items() if leaf.default is dataclasses.MISSING}
+    return required <= table.keys() <= schema.keys() and all(
+        accepts(schema[name].hint, value) for name, value in table.items()
+    )
+
+
 def describe(hint: Any) -> str:
     """Say in words what a value of type `hint` looks like."""
     choices = ", ".join(repr(choice) for choice in _choices(hint))
     words = [f"one of {choices}"] if choices else []
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     for part in _parts(hint):
-        if get_origin(part) is list:
+        if cls := table_class(part):
+            words.append(f"a list of tables, each with {', '.join(table_leaves(cls))}")
+        elif get_origin(part) is list:
             words.append(f"a list, each item {describe(get_args(part)[0])}")
         elif part in names and not (part is int and float in _parts(hint)):
             words.append(names[part])
@@ -191,9 +260,26 @@ def describe(hint: Any) -> str:
 
 
 def from_toml(hint: Any, value: object) -> object:
-    """Turn a TOML value into a Python one: the word None, and whole numbers where floats go."""
+    """Turn a TOML value into a Python one: the word None, and whole numbers where floats go.
+
+    Tables of a list get the defaults of the keys that they lack.
+    """
+    if (cls := table_class(hint)) and isinstance(value, list):
+        return [_complete(table_leaves(cls), table) for table in typing.cast("list[object]", value)]
     if value == NONE_WORD and type(None) in _parts(hint):
         return None
     if type(value) is int and int not in _parts(hint) and float in _parts(hint):
         return float(value)
     return value
+
+
+def _complete(schema: Mapping[str, Leaf], table: object) -> object:
+    if not isinstance(table, dict):
+        return table
+    given = {
+        name: from_toml(schema[name].hint, value) if name in schema else value
+        for name, value in typing.cast("dict[str, object]", table).items()
+    }
+    defaults = {name: leaf.default for name, leaf in schema.items()}
+    complete = {name: given.get(name, default) for name, default in defaults.items()}
+    return {k: v for k, v in {**complete, **given}.items() if v is not dataclasses.MISSING}

@@ -119,8 +119,22 @@ class Trainer:
     """Forward passes of one update on each data-parallel rank."""
 
     max_norm: float
+    source_names: tuple[str, ...] = ("",)
+    """What `Batch.sources_B` counts in."""
+
     watched: Callable[[int], AbstractContextManager[object]] = nullcontext
     """Given the step's number, entered for what the step does once its rows are there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceReport:
+    """What one update read of one source; global, equal on all ranks."""
+
+    loss: float | None
+    """None where no token of it has a label."""
+
+    tokens: int
+    """Tokens that the model read, padding left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +157,9 @@ class StepReport:
     squared_document_tokens: int
     """Sum over documents of their squared length, for attention FLOPs."""
 
+    sources: Mapping[str, SourceReport] = field(default_factory=dict[str, SourceReport])
+    """Each source by name where there are several; their tokens add up to `tokens`."""
+
 
 def model_inputs(batch: Batch) -> dict[str, Tensor | None]:
     """Return the keyword arguments of a model's forward, beside the tokens, for `batch`."""
@@ -161,44 +178,79 @@ def local_tokens(batch: Batch, dims: ParallelDims) -> Batch:
     return replace(batch, **parts)
 
 
+def by_source(value_B: Tensor, sources_B: Tensor, num_sources: int) -> Tensor:
+    """Add up a value of each row over the rows of each source: float64 (num_sources,).
+
+    Nothing waits for the device, and the order of the sums does not vary from run to run.
+    """
+    assert value_B.shape == sources_B.shape, "an objective gives a value for each row"
+    if num_sources == 1:
+        return value_B.sum(dtype=torch.float64).unsqueeze(0)
+    numbers = torch.arange(num_sources, device=value_B.device)
+    is_of_source = numbers.unsqueeze(1) == sources_B
+    return torch.where(is_of_source, value_B.double(), 0.0).sum(dim=1)
+
+
+def added_up(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add up each named value over the sources or the rows that it is kept for."""
+    return {name: value.sum() for name, value in values.items()}
+
+
 def sum_globally(
     parts: Sequence[Mapping[str, Tensor]], dims: ParallelDims, axis: Literal["batch", "loss"]
 ) -> dict[str, Tensor]:
-    """Add up each named value over `parts` and the ranks of an axis, in float64.
+    """Add up each named vector over `parts` and the ranks of an axis, in float64.
 
     What was taken from whole rows is added over "batch", from a rank's tokens over "loss".
     """
     names = list(parts[0])
-    local = [torch.stack([part[name].double() for part in parts]).sum() for name in names]
-    total = sum_over(dims, axis, torch.stack(local))
-    return dict(zip(names, total.unbind(), strict=True))
+    local = [torch.stack([part[name].double() for part in parts]).sum(dim=0) for name in names]
+    total = sum_over(dims, axis, torch.cat(local))
+    return dict(zip(names, total.split([len(value) for value in local]), strict=True))
 
 
 def accumulate_gradients(
     trainer: Trainer, batches: Sequence[Batch], counts: Mapping[str, Tensor]
 ) -> list[dict[str, Tensor]]:
-    """Run forward and backward over `batches`; return the detached sums of this rank's tokens."""
+    """Run forward and backward over `batches`, the loss divided by the global `counts`.
+
+    Returns the sums of this rank's tokens by source, one dictionary for each microbatch.
+    """
     sequence_sum = SequenceSum(trainer.dims)
     parts: list[dict[str, Tensor]] = []
     for whole in batches:
         batch = local_tokens(whole, trainer.dims)
         logps_BT = trainer.model(batch.tokens_BT, **model_inputs(batch))
         sums = trainer.objective.sums(logps_BT, batch, sequence_sum)
-        combine(sums, counts, trainer.objective.coefficients).backward()
-        parts.append({name: value.detach() for name, value in sums.items()})
+        combine(added_up(sums), counts, trainer.objective.coefficients).backward()
+        parts.append(sums_by_source(sums, batch, len(trainer.source_names)))
     return parts
 
 
-def measure(batch: Batch, objective: Objective) -> dict[str, Tensor]:
-    """Count what whole rows hold: what the objective divides by, and what is reported."""
-    squared = batch.squared_document_tokens
+def sums_by_source(
+    values: Mapping[str, Tensor], batch: Batch, num_sources: int
+) -> dict[str, Tensor]:
+    """Add up each named value of each row of `batch` over the rows of each source."""
     return {
-        **objective.counts(batch),
-        "tokens": (batch.documents_BT != PADDING_DOCUMENT).sum(),
-        "trained_tokens": (batch.labels_BT != IGNORED_LABEL).sum(),
-        # Written by the device: copied to it with torch.tensor, the host would wait.
-        "squared_document_tokens": torch.full((), squared, device=batch.tokens_BT.device),
+        name: by_source(value_B.detach(), batch.sources_B, num_sources)
+        for name, value_B in values.items()
     }
+
+
+def measure(batch: Batch, objective: Objective, num_sources: int) -> dict[str, Tensor]:
+    """Count by source what whole rows hold: what the objective divides by, and what is reported.
+
+    The squared lengths of documents are one number for all sources.
+    """
+    rows = {
+        **objective.counts(batch),
+        "tokens": (batch.documents_BT != PADDING_DOCUMENT).sum(dim=1),
+        "trained_tokens": (batch.labels_BT != IGNORED_LABEL).sum(dim=1),
+    }
+    # Written by the device: copied to it with torch.tensor, the host would wait.
+    device = batch.tokens_BT.device
+    squared = torch.full((1,), batch.squared_document_tokens, device=device)
+    return {**sums_by_source(rows, batch, num_sources), "squared_document_tokens": squared}
 
 
 def train_step(trainer: Trainer, step: int) -> StepReport:
@@ -209,27 +261,51 @@ def train_step(trainer: Trainer, step: int) -> StepReport:
 
 
 def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport:
-    objective, dims = trainer.objective, trainer.dims
-    counts = sum_globally([measure(batch, objective) for batch in batches], dims, "batch")
-    sums = sum_globally(accumulate_gradients(trainer, batches, counts), dims, "loss")
+    objective, dims, names = trainer.objective, trainer.dims, trainer.source_names
+    measured = [measure(batch, objective, len(names)) for batch in batches]
+    counts = sum_globally(measured, dims, "batch")
+    totals = added_up(counts)
+    sums = sum_globally(accumulate_gradients(trainer, batches, totals), dims, "loss")
 
     norm = clip_gradients(trainer.model.parameters(), trainer.max_norm)
-    loss = combine(sums, counts, objective.coefficients)
+    loss = combine(added_up(sums), totals, objective.coefficients)
+    told = {
+        "loss": loss.unsqueeze(0),
+        "grad_norm": norm.double().unsqueeze(0),
+        "tokens": counts["tokens"],
+        "trained_tokens": counts["trained_tokens"],
+        "squared_document_tokens": counts["squared_document_tokens"],
+        "losses": combine(sums, counts, objective.coefficients),
+    }
     # The one host synchronisation of a step; `stalls.py` tells of any other. All values are
     # global: every rank takes one branch.
-    values = torch.stack([loss, norm.double(), *counts.values()]).tolist()
-    amounts = dict(zip(counts, values[2:], strict=True))
+    values = iter(torch.cat(list(told.values())).tolist())
+    found = {name: [next(values) for _ in range(len(value))] for name, value in told.items()}
+    (loss,), (norm,) = found["loss"], found["grad_norm"]
     updated = trainer.nonfinite.allows_update(
-        step, loss=values[0], grad_norm=values[1], named_parameters=trainer.model.named_parameters
+        step, loss=loss, grad_norm=norm, named_parameters=trainer.model.named_parameters
     )
     if updated:
         trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     return StepReport(
-        loss=values[0],
-        grad_norm=values[1],
+        loss=loss,
+        grad_norm=norm,
         updated=updated,
-        tokens=int(amounts["tokens"]),
-        trained_tokens=int(amounts["trained_tokens"]),
-        squared_document_tokens=int(amounts["squared_document_tokens"]),
+        tokens=int(sum(found["tokens"])),
+        trained_tokens=int(sum(found["trained_tokens"])),
+        squared_document_tokens=int(found["squared_document_tokens"][0]),
+        sources=_reports_of_sources(names, found),
     )
+
+
+def _reports_of_sources(
+    names: Sequence[str], found: Mapping[str, list[float]]
+) -> dict[str, SourceReport]:
+    if len(names) == 1:
+        return {}
+    columns = zip(names, found["losses"], found["tokens"], found["trained_tokens"], strict=True)
+    return {
+        name: SourceReport(loss=loss if trained else None, tokens=int(tokens))
+        for name, loss, tokens, trained in columns
+    }

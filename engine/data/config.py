@@ -1,7 +1,15 @@
-"""The section `data`: how records become rows."""
+"""The section `data`: how records become rows, and which sources they come from."""
 
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
+
+DATASETS_FROM_FILES = frozenset({"text", "json", "jsonl", "parquet"})
+BUILTIN_DATASETS = frozenset({"python_stdlib", "python_stdlib_chat", "dummy"})
 
 CHAT_KEYS = {
     "chat_template": "",
@@ -12,8 +20,122 @@ CHAT_KEYS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One of several sources of text."""
+
+    name: str
+    """What metrics, messages and the command line call it: letters, digits, `_`, `-` and `.`."""
+
+    dataset: str = "jsonl"
+    """Kind of the data or name of a dataset, as training.dataset."""
+
+    path: str | None = None
+    """File or folder of the data, where the dataset needs one."""
+
+    split: str = ""
+    """Split of a dataset of the `datasets` package, such as "train_sft"; empty takes the one named
+    train or validation, by what it is used for."""
+
+    format: str = ""
+    """What a record holds, as data.format; empty takes that."""
+
+    text_field: str = ""
+    """Field that holds the text, as data.text_field; empty takes that."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name, re.ASCII):
+            raise ValueError(
+                f"sources: the name {self.name!r} may hold only letters, digits, '_', '-' and "
+                "'.', and not be empty; give another"
+            )
+        if self.dataset in DATASETS_FROM_FILES and not self.path:
+            raise ValueError(
+                f"sources.{self.name}.path is not set, and dataset {self.dataset!r} reads files; "
+                "give a file, a folder or a pattern"
+            )
+        if self.split and self.dataset in DATASETS_FROM_FILES | BUILTIN_DATASETS:
+            raise ValueError(
+                f"sources.{self.name}.split = {self.split!r} has no meaning with dataset "
+                f"{self.dataset!r}; remove it, or name a dataset of the datasets package"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixedSourceConfig(SourceConfig):
+    """One of the sources of the training text, with how much is read of it."""
+
+    weight: float | None = None
+    """Share of the tokens that this source gives, in proportion to the weights of the others."""
+
+    weights: list[list[float]] | None = None
+    """Weight on a schedule, `[[0, 0.7], [1000, 0.3]]`: pairs of a number of finished steps and the
+    weight from there on."""
+
+    epochs: float | None = None
+    """Passes over this source in one epoch of the mixture, such as 2.5 or 0.3; all sources have
+    these, or all have weights."""
+
+    def __post_init__(self) -> None:
+        SourceConfig.__post_init__(self)  # slots leave `super()` without its class
+        given = [key for key in ("weight", "weights", "epochs") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"sources.{self.name} has {' and '.join(given)}; give it one of them")
+        if not given:
+            raise ValueError(
+                f"sources.{self.name} has no weight; give it weight, weights or epochs, or remove "
+                "it"
+            )
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(
+                f"sources.{self.name}.epochs = {self.epochs}; give a number above 0, such as 0.3"
+            )
+        for pair in self.schedule:
+            if not 0 <= pair[1] < math.inf:
+                raise ValueError(f"sources.{self.name} has weight {pair[1]}; give 0 or more")
+        steps = [step for step, _ in self.schedule]
+        ascend = steps[:1] == [0] and all(a < b for a, b in pairwise(steps))
+        if self.epochs is None and not ascend:
+            raise ValueError(
+                f"sources.{self.name}.weights has steps {steps}; let them begin at 0 and ascend"
+            )
+
+    @property
+    def schedule(self) -> list[tuple[int, float]]:
+        """The weight from each number of finished steps on; empty where there are epochs."""
+        if self.weight is not None:
+            return [(0, self.weight)]
+        pairs: list[tuple[int, float]] = []
+        for pair in self.weights or ():
+            if len(pair) != 2 or not float(pair[0]).is_integer():
+                raise ValueError(
+                    f"sources.{self.name}.weights has {pair!r}; give pairs of a whole number of "
+                    "steps and a weight, such as [1000, 0.3]"
+                )
+            pairs.append((int(pair[0]), float(pair[1])))
+        return pairs
+
+
+def weight_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
+    """Return the weight of a schedule once `step` steps are done."""
+    return next(weight for first, weight in reversed(schedule) if first <= step)
+
+
+def check_names(sources: Sequence[SourceConfig], section: str) -> None:
+    """Refuse two sources of one name."""
+    for name, number in Counter(source.name for source in sources).items():
+        if number > 1:
+            raise ValueError(
+                f"{section}.sources has {number} tables named {name!r}; give each its own name"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """How text becomes rows of tokens."""
+
+    sources: list[MixedSourceConfig] = field(default_factory=list[MixedSourceConfig])
+    """Sources that the training text is mixed from, `[[data.sources]]` once for each, in place of
+    training.dataset. Each row holds text of one of them."""
 
     format: str = "text"
     """What a record holds: the name of a file in engine/data/formats, or the dotted path of a
@@ -79,6 +201,8 @@ class DataConfig:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"data.{name} = {value}; give a whole number from {least} up")
+        check_names(self.sources, "data")
+        self._check_shares()
         self._check_chat_keys()
         others = ("last_row", "stride") if self.packing != "concat" else ("long_document",)
         default = {"last_row": "keep", "stride": 0, "long_document": "truncate"}
@@ -90,9 +214,31 @@ class DataConfig:
                     f"{self.packing!r}; remove it or use packing {uses_it}"
                 )
 
+    def read(self, dataset: str) -> set[tuple[str, str]]:
+        """Return dataset and format of all sources; without any, of `dataset` alone."""
+        named = {(source.dataset, source.format or self.format) for source in self.sources}
+        return named or {(dataset, self.format)}
+
+    def _check_shares(self) -> None:
+        with_epochs = [source.name for source in self.sources if source.epochs is not None]
+        with_weight = [source.name for source in self.sources if source.epochs is None]
+        if with_epochs and with_weight:
+            raise ValueError(
+                f"data.sources: {', '.join(with_epochs)} have epochs and {', '.join(with_weight)} "
+                "have weights; give all of them epochs, or all of them weights"
+            )
+        schedules = [source.schedule for source in self.sources if source.epochs is None]
+        for step in sorted({step for schedule in schedules for step, _ in schedule}):
+            if not any(weight_at(schedule, step) for schedule in schedules):
+                raise ValueError(
+                    f"data.sources: every weight is 0 from step {step} on; give a source a weight "
+                    "above 0 there"
+                )
+
     def _check_chat_keys(self) -> None:
+        formats = {self.format, *(source.format or self.format for source in self.sources)}
         for name, default in CHAT_KEYS.items():
-            if self.format == "text" and (value := getattr(self, name)) != default:
+            if formats == {"text"} and (value := getattr(self, name)) != default:
                 raise ValueError(
                     f"data.{name} = {value!r} has no meaning with data.format = 'text'; remove it, "
                     "or set data.format = 'chat'"

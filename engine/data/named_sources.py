@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from engine.data.config import SourceConfig
 from engine.data.readers import JsonLines, Parquet, Reader, TextFiles, find_files
 from engine.data.stdlib import Split, stdlib_files
 from engine.data.stdlib_chats import stdlib_chats
@@ -28,6 +29,7 @@ def open_reader(
     text_field: str,
     only_text: bool,
     root: Path,
+    source: SourceConfig | None = None,
 ) -> Reader:
     """Return the reader of a dataset.
 
@@ -35,31 +37,41 @@ def open_reader(
     `python_stdlib_chat` (chats about it, written below the cache folder `root`), one of `text`,
     `jsonl` (or `json`) and `parquet`, whose `path` is a file, a folder or a pattern, or else a
     name or folder for the `datasets` package, which `path` overrides. Files serve whole for the
-    split that names them. Of tables `only_text` reads the column `text_field` alone.
+    split that names them. Of tables `only_text` reads the column `text_field` alone. `source` is
+    the table of the configuration that names the dataset, for messages and its split.
     """
-    section = "training" if split == "train" else "validation"
+    dataset_key, path_key = _keys(split, source)
     column = text_field if only_text else None
     if dataset == BUILTIN_CHATS:
         return JsonLines([stdlib_chats(split, root)])
     if dataset == BUILTIN_DATASET or (dataset in BUILTIN_ALIASES and not path):
         if dataset != BUILTIN_DATASET:
-            log.info("%s.dataset = %r stands for %r", section, dataset, BUILTIN_DATASET)
+            log.info("%s = %r stands for %r", dataset_key, dataset, BUILTIN_DATASET)
         return TextFiles(stdlib_files(split), text_field=text_field, errors="replace")
     suffixes = FILE_SUFFIXES.get(dataset)
     if suffixes is None:
         from engine.data.hugging_face import DatasetRows, open_dataset  # slow to import
 
-        key = f"{section}.dataset_path" if path else f"{section}.dataset"
-        opened = open_dataset(path or dataset, split=split, key=key)
+        key = path_key if path else dataset_key
+        part = (source and source.split) or split
+        opened = open_dataset(path or dataset, split=part, key=key)
         return DatasetRows(opened, name=path or dataset, text_field=column)
     if not path:
         raise ValueError(
-            f"{section}.dataset = {dataset!r} needs {section}.dataset_path: a file, a folder or a "
-            "pattern"
+            f"{dataset_key} = {dataset!r} needs {path_key}: a file, a folder or a pattern"
         )
-    files = find_files(path, suffixes, f"{section}.dataset_path")
+    files = find_files(path, suffixes, path_key)
     if dataset == "parquet":
         return Parquet(files, text_field=column)
     if dataset == "text":
         return TextFiles(files, text_field=text_field)
     return JsonLines(files)
+
+
+def _keys(split: Split, source: SourceConfig | None) -> tuple[str, str]:
+    """Return the settings that name the dataset and its path."""
+    if source is not None:
+        section = "data" if split == "train" else "validation"
+        return f"{section}.sources.{source.name}.dataset", f"{section}.sources.{source.name}.path"
+    section = "training" if split == "train" else "validation"
+    return f"{section}.dataset", f"{section}.dataset_path"

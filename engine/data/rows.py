@@ -23,6 +23,9 @@ class RowSource(Protocol):
     rows_per_epoch: int
     vocab_size: int
 
+    tokens_per_epoch: int
+    """Tokens that the rows of an epoch hold, padding left out."""
+
     source_names: tuple[str, ...]
     """What `Row.source` counts in: names for metrics and messages."""
 
@@ -56,6 +59,7 @@ class TokenRows:
         self.one_document_per_row = isinstance(packing, OneDocumentPacking)
         self.seq_len = seq_len
         self.rows_per_epoch = packing.rows_per_epoch
+        self.tokens_per_epoch = packing.tokens_per_epoch
         self.vocab_size = vocab_size
         self.source_names = (name,)
         self.fingerprint = fingerprint
@@ -98,6 +102,7 @@ class DummyRows:
     def __init__(self, *, seq_len: int, vocab_size: int, num_tokens: int, seed: int) -> None:
         self.seq_len = seq_len
         self.rows_per_epoch = -(-num_tokens // seq_len)
+        self.tokens_per_epoch = self.rows_per_epoch * seq_len
         self.vocab_size = vocab_size
         self.source_names: tuple[str, ...] = ("dummy",)
         self.fingerprint = digest_of("dummy", seq_len, vocab_size, num_tokens, seed)

@@ -5,7 +5,7 @@ import logging
 from engine.data.best_fit import BestFitPacking
 from engine.data.cache import cache_root, digest_of
 from engine.data.chat_templates import template_text
-from engine.data.config import DataConfig
+from engine.data.config import DataConfig, SourceConfig
 from engine.data.named_sources import open_reader
 from engine.data.packing import ConcatPacking, OneDocumentPacking, Packing
 from engine.data.rows import DummyRows, RowSource, TokenRows
@@ -27,37 +27,43 @@ def open_rows(
     tokenizer: Tokenizer,
     config: DataConfig,
     shuffle: bool,
+    source: SourceConfig | None = None,
 ) -> RowSource:
     """Return the rows of a dataset; a machine's first rank tokenises it, the others wait.
 
-    `dataset` and `dataset_path` are those of `open_reader`, or `dummy`.
+    `dataset` and `dataset_path` are those of `open_reader`, or `dummy`. `source` is the table that
+    names them, where they are one of several.
     """
+    source_name = source.name if source else ""
+    text_format = (source and source.format) or config.format
+    text_field = (source and source.text_field) or config.text_field
     if dataset == "dummy":
         return DummyRows(
             seq_len=seq_len,
             vocab_size=tokenizer.vocab_size,
             num_tokens=config.dummy_tokens,
-            seed=int(digest_of(seed, split)[:8], 16),
+            seed=int(digest_of(seed, split, *filter(None, [source_name]))[:8], 16),
         )
     root = cache_root(config.cache_folder)
-    name = " ".join(filter(None, (dataset, dataset_path, split)))
+    name = source_name or " ".join(filter(None, (dataset, dataset_path, split)))
     file = open_token_file(
         open_reader(
             dataset,
             dataset_path,
             split=split,
-            text_field=config.text_field,
+            text_field=text_field,
             # Plain text is one column of a table; other formats look at whole records.
-            only_text=config.format == "text",
+            only_text=text_format == "text",
             root=root,
+            source=source,
         ),
         name=name,
         tokenizer=tokenizer,
-        recipe=_recipe(config, seed),
+        recipe=_recipe(config, seed, text_format, text_field),
         root=root,
         num_processes=config.num_processes,
     )
-    if config.format == "chat" and config.packing == "concat":
+    if text_format == "chat" and config.packing == "concat":
         log.warning("%s: chats are cut where a row ends; data.packing = 'best_fit' cuts none", name)
     packing = _open_packing(file, name, seq_len=seq_len, seed=seed, config=config, shuffle=shuffle)
     settings = (config.packing, config.stride, config.last_row, config.long_document)
@@ -71,10 +77,13 @@ def open_rows(
     )
 
 
-def _recipe(config: DataConfig, seed: int) -> Recipe:
+def _recipe(config: DataConfig, seed: int, text_format: str, text_field: str) -> Recipe:
+    if text_format == "text":
+        # Chats beside it have settings that plain text does not depend on.
+        config = DataConfig(bos=config.bos, eos=config.eos, on_bad_record=config.on_bad_record)
     return Recipe(
-        format=config.format,
-        text_field=config.text_field,
+        format=text_format,
+        text_field=text_field,
         add_bos=config.bos,
         add_eos=config.eos,
         on_bad_record=config.on_bad_record,

@@ -41,13 +41,14 @@ class Objective(Protocol):
     """Weight of each term in the loss; its keys are the names of the terms."""
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Count what each term will be divided by; float64 scalars on the batch's device."""
+        """Count what each row adds to what a term is divided by: (B,) on the batch's device."""
         ...
 
     def sums(self, logps_BT: Tensor, batch: Batch, sequence_sum: SequenceSum) -> dict[str, Tensor]:
-        """Add up each term over this microbatch; differentiable fp32 scalars.
+        """Add up each term over each row of this microbatch; differentiable fp32, (B,).
 
-        A batch holds this rank's tokens of its rows, and the results of all ranks are added up.
+        A batch holds this rank's tokens of its rows, and the results of all ranks are added up. A
+        row that trains nothing adds zero.
         An objective that is nonlinear in a sequence's total takes `sequence_sum` of it before the
         nonlinearity; as each rank then has the whole value, it divides it by
         `sequence_sum.num_ranks`.
@@ -60,7 +61,8 @@ def combine(
 ) -> Tensor:
     """Return the loss: each term's sum over its global count, weighted.
 
-    A term whose global count is zero contributes nothing.
+    A term whose global count is zero contributes nothing. Of sums and counts by source it returns
+    the loss of each source.
     """
     terms = [
         weight * sums[name] / counts[name].clamp(min=1).to(sums[name].dtype)

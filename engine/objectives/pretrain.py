@@ -15,14 +15,14 @@ class Pretrain:
     coefficients: Mapping[str, float] = {"nll": 1.0}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Count the labels that are trained."""
-        return {"nll": (batch.labels_BT != IGNORED_LABEL).sum(dtype=torch.float64)}
+        """Count the labels of each row that are trained."""
+        return {"nll": (batch.labels_BT != IGNORED_LABEL).sum(dim=1)}
 
     def sums(self, logps_BT: Tensor, batch: Batch, sequence_sum: SequenceSum) -> dict[str, Tensor]:
-        """Add up the negative log-probabilities of the trained labels."""
+        """Add up the negative log-probabilities of each row's trained labels."""
         assert logps_BT.shape == batch.labels_BT.shape, "the head scores every label position"
         trained_BT = batch.labels_BT != IGNORED_LABEL
-        return {"nll": -torch.where(trained_BT, logps_BT, 0.0).sum(dtype=torch.float32)}
+        return {"nll": -torch.where(trained_BT, logps_BT, 0.0).sum(dim=1, dtype=torch.float32)}
 
 
 def build() -> Objective:

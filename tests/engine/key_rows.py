@@ -7,6 +7,8 @@ are its command line.
 from dataclasses import dataclass
 from typing import Any
 
+from engine.data.config import MixedSourceConfig, SourceConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -111,11 +113,15 @@ TRAIN = {
         validation__dataloader__pin_memory=True,
         validation__dataloader__prefetch_factor=4,
     ),
-    **rows(OPEN_ROWS, data__cache_folder="{folder}/cache", data__num_processes=3),
     **rows(
-        RECIPE,
+        OPEN_ROWS,
+        data__cache_folder="{folder}/cache",
+        data__num_processes=3,
         data__format="tests.engine.own_parts",
         data__text_field="body",
+    ),
+    **rows(
+        RECIPE,
         data__bos=False,
         data__eos=False,
         data__chat_template="chatml",
@@ -208,6 +214,17 @@ FROM_HF = {
 """A start from the first one's export."""
 
 COMPILED = {
+    **rows(
+        f"{BUILD}_open_training_rows",
+        data__sources=[
+            MixedSourceConfig(name="all", dataset="dummy", epochs=0.5),
+            MixedSourceConfig(name="more", dataset="dummy", epochs=2.0),
+        ],
+    ),
+    **rows(
+        f"{BUILD}_validation_batches",
+        validation__sources=[SourceConfig(name="held_out", dataset="dummy")],
+    ),
     **rows(OPEN_ROWS, data__dummy_tokens=4096),
     **rows(
         "parallelisms/apply.py:_wrap_blocks", compile__enable=True, compile__components=["model"]

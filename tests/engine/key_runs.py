@@ -29,6 +29,7 @@ from engine.distributed import process_group
 from engine.loop import fit
 from engine.model import ModelNeeds, resolve_architecture
 from engine.profiling import Profiler
+from engine.schema import plain
 from engine.trackers import build_trackers
 from parallelisms.apply import parallelize
 from parallelisms.mesh import ParallelDims
@@ -39,6 +40,7 @@ Settings = dict[str, Any]
 
 RECORDED = (
     "engine.build.NonFinitePolicy",
+    "engine.build.mix",
     "engine.checkpoint.restore",
     "engine.checkpoint.write_tensors",
     "engine.hf_io.load_into",
@@ -142,11 +144,19 @@ def words(settings: Mapping[str, Any], folder: Path) -> list[str]:
         if isinstance(value, bool):
             section, _, name = key.rpartition(".")
             found.append(f"--{key}" if value else f"--{section}.no_{name}")
+        elif isinstance(value, list) and key.endswith(".sources"):
+            found += [f"--{key}", _array_of_tables(value)]
         elif isinstance(value, list):
             found += [f"--{key}", *value]
         else:
             found.append(f"--{key}={placed(value, folder)}")
     return found
+
+
+def _array_of_tables(sources: list[Any]) -> str:
+    tables = [{k: v for k, v in table.items() if v is not None} for table in plain(sources)]
+    inline = [", ".join(f"{k} = {json.dumps(v)}" for k, v in table.items()) for table in tables]
+    return f"[{', '.join(f'{{{one}}}' for one in inline)}]"
 
 
 def placed(value: Any, folder: Path) -> Any:
@@ -176,8 +186,12 @@ def settings_of(name: str) -> Settings:
         | {
             "activation_checkpoint.mode": "memory_budget",
             "checkpoint.enable": False,
-            "training.dataset": "dummy",
+            "training.dataset": "python_stdlib",
+            "training.dataset_path": "None",
             "training.steps": 1,
+            "validation.enable": True,
+            "validation.dataset": "python_stdlib",
+            "validation.dataset_path": "None",
         },
         "laid_out": SMALL | {"parallelism.data_parallel_shard_degree": 1},
         "overlapped": SMALL | {"parallelism.tensor_parallel_degree": 2, "compile.enable": True},

@@ -27,6 +27,8 @@ OUR_DEFAULTS = {
 
 NOT_ALONE = {
     "checkpoint.initial_load_in_hf_quantized": ["--checkpoint.enable"],
+    "data.sources": ["--data.sources", '[{name = "a", dataset = "dummy", weight = 1.0}]'],
+    "validation.sources": ["--validation.sources", '[{name = "a", dataset = "dummy"}]'],
     "data.chat_template": ["--data.format=chat"],
     "data.train_on": ["--data.format=chat"],
     "data.system_prompts": ["--data.format=chat"],

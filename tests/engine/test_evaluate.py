@@ -1,13 +1,16 @@
 """Held-out loss is exact over uneven ranks, and leaves training as it was."""
 
 import random
+from itertools import chain
 
 import pytest
 import torch
 
+from engine.data.loader import DataloaderConfig, validation_batches
+from engine.data.mixture import numbered
 from engine.evaluate import Validation, evaluate
 from engine.step import train_step
-from tests.engine.training_cases import held_out, make_trainer
+from tests.engine.training_cases import RaggedRows, held_out, make_trainer
 from tests.parity.cases import Case
 from tests.ranks import RankPool
 
@@ -40,6 +43,40 @@ def test_the_loss_over_uneven_ranks_is_that_of_one_process(
         # Where ranks share a row, they add in another order before the float64 sum.
         tolerance = EXACT if case.tp == case.cp == 1 else 20 * EXACT
         assert found.loss == pytest.approx(expected.loss, rel=tolerance)
+
+
+def validate_two(rank: int, world_size: int, case: Case, sizes: tuple[int, ...]) -> Validation:
+    trainer = make_trainer(case, local_batch_size=1)
+    parts = numbered([RaggedRows(rows_per_epoch=size) for size in sizes])
+    batches = chain.from_iterable(
+        validation_batches(
+            rows,
+            local_batch_size=2,
+            batch_rank=trainer.dims.batch_rank,
+            batch_degree=trainer.dims.batch_degree,
+            dataloader=DataloaderConfig(),
+        )
+        for rows in parts
+    )
+    names = tuple("abc"[: len(sizes)])
+    return evaluate(
+        trainer.model, trainer.objective, lambda: batches, trainer.dims, trainer.device, names
+    )
+
+
+@pytest.mark.parametrize("case", [Case(shard=4), Case(cp=2)], ids=str)
+def test_the_loss_of_each_source_over_uneven_ranks_is_that_of_it_alone(
+    ranks: RankPool, case: Case
+) -> None:
+    (first,), (second,) = (ranks(1, validate_two, Case(), (size,)) for size in (9, 2))
+    assert first.losses == {}
+    for found in ranks(case.world_size, validate_two, case, (9, 2)):
+        tolerance = 20 * EXACT
+        assert found.losses["a"] == pytest.approx(first.loss, rel=tolerance)
+        assert found.losses["b"] == pytest.approx(second.loss, rel=tolerance)
+        assert found.tokens == first.tokens + second.tokens
+        whole = (first.loss * first.tokens + second.loss * second.tokens) / found.tokens
+        assert found.loss == pytest.approx(whole, rel=tolerance)
 
 
 def interrupted(rank: int, world_size: int, validates: bool) -> list[float]:

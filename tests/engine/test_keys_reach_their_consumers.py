@@ -17,6 +17,7 @@ from engine import titan
 from engine.cli import load_config, to_toml
 from engine.config import JobConfig, check
 from engine.data.chat_templates import template_text
+from engine.data.config import SourceConfig
 from engine.manifest import read_manifest, step_folder
 from engine.run_folder import resolved
 from engine.schema import leaves
@@ -152,6 +153,10 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "data.long_document": lambda s: s.last("cut_documents")["long_document"],
     "data.stride": lambda s: s.last("ConcatPacking")["stride"],
     "data.last_row": lambda s: "keep" if s.last("ConcatPacking")["keep_last"] else "drop",
+    "data.sources": lambda s: s.last("mix")["sources"],
+    "validation.sources": lambda s: [
+        SourceConfig(name=name, dataset="dummy") for name in s.run.validation_names
+    ],
     "data.dummy_tokens": lambda s: s.last("DummyRows")["num_tokens"],
     "parallelism.data_parallel_replicate_degree": lambda s: mesh_sizes(s)[0],
     "parallelism.context_parallel_degree": lambda s: s.last("apply_context")["dims"].cp,

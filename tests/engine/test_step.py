@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.data.batch import Batch
+from engine.data.batch import IGNORED_LABEL, Batch
 from engine.health import NonFiniteError
 from engine.objectives import SequenceSum
 from engine.objectives.pretrain import Pretrain
 from engine.optim import OptimizerConfig
-from engine.step import StepReport, TrainingConfig, train_step
+from engine.step import SourceReport, StepReport, TrainingConfig, train_step
 from tests.engine.training_cases import (
     ROWS_PER_STEP,
     RaggedRows,
@@ -93,19 +93,60 @@ def test_an_update_is_the_same_where_ranks_share_rows_that_do_not_divide(
             torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
 
 
+OF_THREE = RaggedRows(source_names=("a", "b", "rare"))
+
+
+@pytest.mark.parametrize("case", [Case(shard=2), Case(tp=2), Case(shard=2, cp=2)], ids=str)
+def test_tokens_and_loss_of_each_source_are_the_same_on_any_ranks(
+    ranks: RankPool, case: Case
+) -> None:
+    (((expected,), _),) = ranks(1, take_a_step, Case(), OF_THREE)
+    trained = dict.fromkeys(OF_THREE.source_names, 0)
+    for row in map(OF_THREE.row, range(ROWS_PER_STEP)):
+        trained[OF_THREE.source_names[row.source]] += int((row.labels_T != IGNORED_LABEL).sum())
+    losses = {name: one.loss for name, one in expected.sources.items()}
+    assert None not in losses.values() and len({*losses.values()}) == 3
+    total = sum(trained[name] * (loss or 0.0) for name, loss in losses.items())
+    assert total / sum(trained.values()) == pytest.approx(expected.loss, rel=1e-12)
+    assert sum(one.tokens for one in expected.sources.values()) == expected.tokens
+    for (report,), _ in ranks(case.world_size, take_a_step, case, OF_THREE):
+        for name, one in report.sources.items():
+            assert one.tokens == expected.sources[name].tokens
+            assert one.loss == pytest.approx(losses[name], rel=FP32_REORDERED_SUM)
+
+
+def report_of_one_source(rank: int, world_size: int) -> tuple[StepReport, StepReport]:
+    alone = make_trainer(Case(), local_batch_size=8)
+    names = ("all", *map(str, range(8)), "absent")
+    among = make_trainer(Case(), local_batch_size=8, rows=RaggedRows(source_names=names))
+    return train_step(alone, 1), train_step(among, 1)
+
+
+def test_a_source_without_a_trained_token_has_no_loss_and_a_single_one_no_report(
+    ranks: RankPool,
+) -> None:
+    ((alone, among),) = ranks(1, report_of_one_source)
+    assert alone.sources == {}
+    assert (among.loss, among.grad_norm, among.tokens) == (
+        *(alone.loss, alone.grad_norm),
+        alone.tokens,
+    )
+    assert among.sources["absent"] == SourceReport(loss=None, tokens=0)
+    assert among.sources["all"].tokens == RaggedRows().row(0).documents_T.count_nonzero()
+
+
 class OfWholeSequences:
     """Nonlinear in a sequence's total, as preferences are; and a term that is not."""
 
     coefficients: Mapping[str, float] = {"squared": 1.0, "nll": 0.5}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        num_rows = torch.tensor(float(len(batch.rows_B)), dtype=torch.float64)
-        return {"squared": num_rows, **Pretrain().counts(batch)}
+        return {"squared": torch.ones(len(batch.rows_B)), **Pretrain().counts(batch)}
 
     def sums(self, logps_BT: Tensor, batch: Batch, sequence_sum: SequenceSum) -> dict[str, Tensor]:
         total_B = sequence_sum(logps_BT.sum(dim=1))
-        squared = (total_B / 10).square().sum() / sequence_sum.num_ranks
-        return {"squared": squared, **Pretrain().sums(logps_BT, batch, sequence_sum)}
+        squared_B = (total_B / 10).square() / sequence_sum.num_ranks
+        return {"squared": squared_B, **Pretrain().sums(logps_BT, batch, sequence_sum)}
 
 
 def take_a_step_on_sequences(rank: int, world_size: int, case: Case) -> Outcome:

@@ -12,7 +12,9 @@ from engine.rules import gather_facts
 from engine.schema import flatten, leaves
 
 FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
+FILE = {path.stem: path for path in FILES}
 WORLD_SIZES = {
+    "debug_mix": (1, 2, 4),
     "debug_model": (1, 2, 4),
     "debug_sft": (1, 2, 4),
     "llama3_1b": (1, 8),
@@ -56,8 +58,7 @@ def _keys(table: dict[str, object], prefix: str) -> set[str]:
 
 
 def test_the_quick_start_sees_the_same_rows_on_one_two_and_four_ranks():
-    config = load_config(["--job.config_file", str(FILES[0])])
-    assert FILES[0].stem == "debug_model"
+    config = load_config(["--job.config_file", str(FILE["debug_model"])])
     assert config.parallelism == JobConfig().parallelism
     for world_size in (1, 2, 4):
         check(config, world_size)
@@ -65,16 +66,16 @@ def test_the_quick_start_sees_the_same_rows_on_one_two_and_four_ranks():
 
 
 def test_fine_tuning_goes_on_from_what_the_quick_start_exports():
-    before, after = (flatten(load_config(["--job.config_file", str(path)])) for path in FILES[:2])
-    assert FILES[1].stem == "debug_sft"
+    names = ("debug_model", "debug_sft")
+    before, after = (flatten(load_config(["--job.config_file", str(FILE[n])])) for n in names)
     assert before["checkpoint.last_save_in_hf"]
     for key in ("model.name", "model.flavor", "training.seq_len", "training.global_batch_size"):
         assert after[key] == before[key]
-    assert f"{before['job.dump_folder']}/hf".removeprefix("./") in FILES[1].read_text()
+    assert f"{before['job.dump_folder']}/hf".removeprefix("./") in FILE["debug_sft"].read_text()
 
 
 def test_the_quick_start_leaves_everything_that_it_promises():
-    config = load_config(["--job.config_file", str(FILES[0])])
+    config = load_config(["--job.config_file", str(FILE["debug_model"])])
     assert config.checkpoint.enable
     assert config.checkpoint.last_save_in_hf
     assert not config.checkpoint.last_save_model_only

@@ -32,6 +32,7 @@ class RaggedRows:
     rows_per_epoch: int = 64
     seq_len: int = SEQ_LEN
     vocab_size: int = 64
+    tokens_per_epoch: int = 64 * SEQ_LEN
     source_names: tuple[str, ...] = ("ragged",)
     fingerprint: str = "ragged"
     one_document_per_row: bool = False
@@ -53,7 +54,13 @@ class RaggedRows:
             labels[-padding - 1 :] = IGNORED_LABEL
             documents[-padding:] = PADDING_DOCUMENT
             positions[-padding:] = 0
-        return Row(tokens_T=tokens, labels_T=labels, positions_T=positions, documents_T=documents)
+        return Row(
+            tokens_T=tokens,
+            labels_T=labels,
+            positions_T=positions,
+            documents_T=documents,
+            source=index % len(self.source_names),
+        )
 
 
 def make_trainer(
@@ -67,8 +74,9 @@ def make_trainer(
 ) -> Trainer:
     """Build the trainer of one rank; a step has the same rows on any layout."""
     model, dims = build_case(case, frozen=frozen)
+    rows = rows or RaggedRows()
     batches = train_batches(
-        rows or RaggedRows(),
+        rows,
         local_batch_size=local_batch_size,
         global_batch_size=ROWS_PER_STEP,
         batch_rank=dims.batch_rank,
@@ -88,6 +96,7 @@ def make_trainer(
         rows_per_step=ROWS_PER_STEP,
         microbatches=ROWS_PER_STEP // (local_batch_size * dims.batch_degree),
         max_norm=0.5,
+        source_names=rows.source_names,
     )
 
 
