@@ -90,7 +90,7 @@ TRAIN = {
         f"{SCHEDULE}lr_factor", lr_scheduler__decay_type="cosine", lr_scheduler__min_lr_factor=0.25
     ),
     **rows(
-        f"{BUILD}_open_training_rows",
+        "engine/batches.py:open_training_rows",
         training__dataset="jsonl",
         training__dataset_path="{folder}/train.jsonl",
         training__seq_len=24,

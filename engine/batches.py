@@ -1,0 +1,93 @@
+"""From a configuration and the counters of a run to one rank's training microbatches.
+
+What a finished step adds to the counters stands here too: it is where the next part of a run,
+on other ranks and workers, goes on.
+"""
+
+import logging
+from collections.abc import Iterator, MutableMapping
+
+from engine.config import JobConfig
+from engine.data.batch import Batch
+from engine.data.loader import train_batches
+from engine.data.rows import RowSource
+from engine.data.sources import open_rows
+from engine.data.tokenizer import Tokenizer
+from engine.step import TrainingConfig
+
+log = logging.getLogger("tessera")
+
+Counters = MutableMapping[str, int | float]
+"""Amounts by name over all ranks since the run began; a checkpoint holds them."""
+
+
+def first_counters() -> dict[str, int | float]:
+    """Return the counters of a run before its first step."""
+    return {"step": 0, "rows_consumed": 0, "tokens": 0, "trained_tokens": 0}
+
+
+def count_step(
+    counters: Counters, step: int, *, rows: int, tokens: int, trained_tokens: int
+) -> None:
+    """Count a finished step; `rows_consumed` is the run's place in the data."""
+    counters["step"] = step
+    counters["rows_consumed"] += rows
+    counters["tokens"] += tokens
+    counters["trained_tokens"] += trained_tokens
+
+
+def open_training_rows(config: JobConfig, tokenizer: Tokenizer) -> RowSource:
+    """Return the rows that a run trains on."""
+    training = config.training
+    return open_rows(
+        training.dataset,
+        training.dataset_path,
+        split="train",
+        seq_len=training.seq_len,
+        seed=config.debug.effective_seed,
+        tokenizer=tokenizer,
+        config=config.data,
+        shuffle=True,
+    )
+
+
+def open_training_batches(
+    config: JobConfig,
+    rows: RowSource,
+    *,
+    batch_rank: int,
+    batch_degree: int,
+    counters: Counters,
+) -> Iterator[Batch]:
+    """Yield one data-parallel rank's microbatches from where the finished steps left off."""
+    training = config.training
+    return train_batches(
+        rows,
+        local_batch_size=training.local_batch_size,
+        global_batch_size=training.rows_per_step(batch_degree),
+        batch_rank=batch_rank,
+        batch_degree=batch_degree,
+        start_row=int(counters["rows_consumed"]),
+        dataloader=training.dataloader,
+        pad_to_multiple=config.parallelism.token_multiple,
+    )
+
+
+def log_dealing(training: TrainingConfig, batch_degree: int) -> None:
+    """Log how a step's rows are shared, with a warning where some ranks compute fillers."""
+    dealing = training.dealing(batch_degree)
+    log.info(
+        "one step: %d rows of %d tokens, %s tokens, in %d microbatches of %d rows on each of %d "
+        "data-parallel ranks",
+        *(dealing.rows_per_step, training.seq_len),
+        f"{dealing.rows_per_step * training.seq_len:,}",
+        *(dealing.microbatches, dealing.rows_per_microbatch, dealing.batch_degree),
+    )
+    if dealing.filler_share:
+        log.warning(
+            "training.global_batch_size = %d cannot be shared evenly by %d data-parallel ranks: "
+            "%.1f%% of the rows they compute are fillers, which train nothing; numbers of ranks "
+            "without: %s",
+            *(dealing.rows_per_step, dealing.batch_degree, 100 * dealing.filler_share),
+            ", ".join(map(str, training.even_degrees())),
+        )
