@@ -11,7 +11,7 @@ from engine.config import JobConfig
 from engine.data.batch import Batch
 from engine.data.loader import train_batches
 from engine.data.rows import RowSource
-from engine.data.sources import open_rows
+from engine.data.sources import open_rows, stream_rows
 from engine.data.tokenizer import Tokenizer
 from engine.step import TrainingConfig
 
@@ -36,9 +36,24 @@ def count_step(
     counters["trained_tokens"] += trained_tokens
 
 
-def open_training_rows(config: JobConfig, tokenizer: Tokenizer) -> RowSource:
-    """Return the rows that a run trains on."""
+def open_training_rows(
+    config: JobConfig, tokenizer: Tokenizer, *, batch_degree: int = 1
+) -> RowSource:
+    """Return the rows that a run trains on, on so many data-parallel ranks.
+
+    Their number matters to streams alone, and only while `training.global_batch_size` is -1.
+    """
     training = config.training
+    if config.data.streaming:
+        return stream_rows(
+            training.dataset,
+            training.dataset_path,
+            seq_len=training.seq_len,
+            seed=config.debug.effective_seed,
+            tokenizer=tokenizer,
+            config=config.data,
+            rows_per_step=training.rows_per_step(batch_degree),
+        )
     return open_rows(
         training.dataset,
         training.dataset_path,
@@ -74,7 +89,7 @@ def open_training_batches(
 
 
 def log_dealing(training: TrainingConfig, batch_degree: int) -> None:
-    """Log how a step's rows are shared, with a warning where some ranks compute fillers."""
+    """Log how a step's rows are shared, with a note where some ranks compute fillers."""
     dealing = training.dealing(batch_degree)
     log.info(
         "one step: %d rows of %d tokens, %s tokens, in %d microbatches of %d rows on each of %d "
@@ -84,10 +99,10 @@ def log_dealing(training: TrainingConfig, batch_degree: int) -> None:
         *(dealing.microbatches, dealing.rows_per_microbatch, dealing.batch_degree),
     )
     if dealing.filler_share:
-        log.warning(
-            "training.global_batch_size = %d cannot be shared evenly by %d data-parallel ranks: "
+        log.info(
+            "note: %d data-parallel ranks cannot share training.global_batch_size = %d evenly: "
             "%.1f%% of the rows they compute are fillers, which train nothing; numbers of ranks "
             "without: %s",
-            *(dealing.rows_per_step, dealing.batch_degree, 100 * dealing.filler_share),
+            *(dealing.batch_degree, dealing.rows_per_step, 100 * dealing.filler_share),
             ", ".join(map(str, training.even_degrees())),
         )

@@ -75,7 +75,9 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     architecture = resolve_architecture(config.model, model_needs(config, world.device.type))
     tokenizer = open_tokenizer(config)
     check_combinations(config, dims, architecture.config, tokenizer.vocab_size)
-    rows = None if config.validation.only else open_training_rows(config, tokenizer)
+    rows = None
+    if not config.validation.only:
+        rows = open_training_rows(config, tokenizer, batch_degree=dims.batch_degree)
     validation = _validation_batches(config, tokenizer, dims)
     _agree_on_data(tokenizer, rows)
     _log_work(config, dims, architecture)

@@ -20,6 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row, collate
 from engine.data.rows import RowSource
+from engine.data.streaming import StreamedRows
 
 FILLER = -1
 NEVER = 1 << 62
@@ -102,6 +103,12 @@ class Dealing:
         places = self.microbatches * self.batch_degree * self.rows_per_microbatch
         return 1 - self.rows_per_step / places
 
+    def places(self, batch_rank: int) -> list[int]:
+        """Return the places of a step, from 0, whose rows a rank has."""
+        size, degree = self.rows_per_microbatch, self.batch_degree
+        firsts = [(m * degree + batch_rank) * size for m in range(self.microbatches)]
+        return [n for first in firsts for n in range(first, first + size) if n < self.rows_per_step]
+
 
 def train_batches(
     rows: RowSource,
@@ -124,6 +131,8 @@ def train_batches(
         global_batch_size=global_batch_size,
         batch_degree=batch_degree,
     )
+    if isinstance(rows, StreamedRows):
+        rows = rows.sharing(dealing.places(batch_rank))
     deal = _Deal(
         start=start_row,
         num_rows=global_batch_size,
@@ -208,7 +217,8 @@ def _batches(
 ) -> Iterator[Batch]:
     workers = dataloader.num_workers
     first = next(iter(deal), [FILLER])[0]
-    if workers and first != FILLER:
+    # A stream is for the worker alone to open, and gains nothing from rows read here.
+    if workers and first != FILLER and not isinstance(rows, StreamedRows):
         rows.row(first)  # before the fork, so that workers share the epoch's document order
     with warnings.catch_warnings():
         # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.

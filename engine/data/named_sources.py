@@ -28,6 +28,7 @@ def open_reader(
     text_field: str,
     only_text: bool,
     root: Path,
+    streaming: bool = False,
 ) -> Reader:
     """Return the reader of a dataset.
 
@@ -35,7 +36,8 @@ def open_reader(
     `python_stdlib_chat` (chats about it, written below the cache folder `root`), one of `text`,
     `jsonl` (or `json`) and `parquet`, whose `path` is a file, a folder or a pattern, or else a
     name or folder for the `datasets` package, which `path` overrides. Files serve whole for the
-    split that names them. Of tables `only_text` reads the column `text_field` alone.
+    split that names them. Of tables `only_text` reads the column `text_field` alone. With
+    `streaming` a dataset of the package is not downloaded first, but read as it is asked for.
     """
     section = "training" if split == "train" else "validation"
     column = text_field if only_text else None
@@ -47,11 +49,11 @@ def open_reader(
         return TextFiles(stdlib_files(split), text_field=text_field, errors="replace")
     suffixes = FILE_SUFFIXES.get(dataset)
     if suffixes is None:
-        from engine.data.hugging_face import DatasetRows, open_dataset  # slow to import
+        from engine.data.hugging_face import read_dataset  # slow to import
 
         key = f"{section}.dataset_path" if path else f"{section}.dataset"
-        opened = open_dataset(path or dataset, split=split, key=key)
-        return DatasetRows(opened, name=path or dataset, text_field=column)
+        name = path or dataset
+        return read_dataset(name, split=split, key=key, text_field=column, streaming=streaming)
     if not path:
         raise ValueError(
             f"{section}.dataset = {dataset!r} needs {section}.dataset_path: a file, a folder or a "

@@ -90,7 +90,7 @@ def read_parts(
 
 
 def count_part(counters: Counters, part: Part, rows_per_step: int) -> None:
-    """Count the steps of a part as the loop of a run does; tokens are nobody's business here."""
+    """Count the steps of a part as the loop of a run does; tokens decide no row and are left out."""
     for step in range(part.first_step, part.first_step + part.num_steps):
         count_step(counters, step, rows=rows_per_step, tokens=0, trained_tokens=0)
 

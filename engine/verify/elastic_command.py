@@ -33,6 +33,7 @@ SMALL = {"training.seq_len": 128, "training.local_batch_size": 2}
 """Rows of the check where no configuration is named."""
 
 WORKERS = (0, 2)
+STREAM_WORKERS = (0, 1)
 HEAD = ("workers", "ranks", "steps", "rows", "digest", "verdict", "seconds")
 WIDTHS = (7, 5, 9, 9, 32, 9, 7)
 
@@ -87,7 +88,7 @@ class StreamReport:
         expected = self.reference[begin : begin + found.part.num_steps * per_step]
         return not found.error and found.rows == expected
 
-    def faults(self, workers: int) -> list[str]:
+    def differences(self, workers: int) -> list[str]:
         """Say how the rows that were read with so many workers differ from those of one rank."""
         parts = self.runs[workers]
         rows = [row for found in parts for row in found.rows]
@@ -104,7 +105,7 @@ class StreamReport:
         different: list[int] = []
         for workers, parts in self.runs.items():
             rows = [row for found in parts for row in found.rows]
-            wrong = self.faults(workers)
+            wrong = self.differences(workers)
             # A rank that could not go on is another defect than the planted one.
             crashed = self.request.fault is not None and any(found.error for found in parts)
             (different if wrong and not crashed else missed).append(workers)
@@ -145,7 +146,7 @@ class StreamReport:
         return {
             "workers": workers,
             "digest": digest_stream([row for found in parts for row in found.rows]),
-            "problems": self.faults(workers),
+            "problems": self.differences(workers),
             "parts": [
                 {
                     "ranks": found.part.ranks,
@@ -244,13 +245,20 @@ def resolve(options: argparse.Namespace, words: Sequence[str]) -> Request:
         training = replace(training, global_batch_size=rows)
     for size in sizes:
         training.dealing(size)
+    is_stream = config.data.streaming
     own = training.dataloader.num_workers
-    usual = [own] if own else [*WORKERS]
+    usual = [own] if own else [*(STREAM_WORKERS if is_stream else WORKERS)]
+    workers = numbers("--workers", options.workers, least=0) if options.workers else usual
+    if is_stream and max(workers) > 1:
+        raise ValueError(
+            f"--workers {max(workers)}, but with data.streaming = true a rank has one worker or "
+            "none; give --workers 0,1"
+        )
     return Request(
         config=replace(config, training=training),
         sizes=sizes,
         steps=options.steps,
-        workers=numbers("--workers", options.workers, least=0) if options.workers else usual,
+        workers=workers,
         fault=fault,
         timeout_seconds=options.timeout_seconds,
     )
@@ -271,9 +279,8 @@ def describe(config: JobConfig) -> str:
     """Return what is read, in a few words."""
     training, data = config.training, config.data
     named = " ".join(filter(None, (training.dataset, training.dataset_path)))
-    return (
-        f"{named}, format {data.format}, packing {data.packing}, rows of {training.seq_len} tokens"
-    )
+    made = f"format {data.format}, packing {data.packing}{', streamed' * data.streaming}"
+    return f"{named}, {made}, rows of {training.seq_len} tokens"
 
 
 def begin(request: Request) -> None:

@@ -207,6 +207,12 @@ FROM_HF = {
 }
 """A start from the first one's export."""
 
+STREAMED = {
+    **rows("engine/batches.py:open_training_rows", data__streaming=True),
+    **rows("engine/data/sources.py:stream_rows", data__shuffle_buffer_size=7),
+}
+"""The first run's text again, without preparing it."""
+
 COMPILED = {
     **rows(OPEN_ROWS, data__dummy_tokens=4096),
     **rows(
@@ -261,6 +267,7 @@ RUNS = {
     "validate": VALIDATE,
     "on_from": ON_FROM,
     "from_hf": FROM_HF,
+    "streamed": STREAMED,
     "compiled": COMPILED,
     "laid_out": LAID_OUT,
     "overlapped": OVERLAPPED,

@@ -39,6 +39,7 @@ ULYSSES = "parallelism.context_parallel_mode=ulysses"
 RING = "parallelism.context_parallel_mode=ring"
 NO_LSE = "tests.engine.attention_without_lse"
 LIGER = "model.kernels=liger"
+STREAM, LOADER = "data.streaming", "training.dataloader.num_workers"
 CUDA: dict[str, Any] = {"device_type": "cuda"}
 
 CASES = {
@@ -198,6 +199,12 @@ CASES = {
     "validation_files_without_a_path": Case(
         refused="validation.dataset=parquet validation.enable",
         allowed="validation.dataset=parquet",
+    ),
+    "streaming_of_random_tokens": Case(
+        refused=f"{STREAM} training.dataset=dummy", allowed=f"{STREAM} validation.dataset=dummy"
+    ),
+    "streaming_by_several_workers": Case(
+        refused=f"{STREAM} {LOADER}=2", allowed=f"{STREAM} {LOADER}=1"
     ),
     "stride_longer_than_a_row": Case(
         refused="data.stride=300 validation.seq_len=256 validation.enable",
@@ -359,7 +366,6 @@ ALLOWED = [
     (f"{TP2} compile.enable activation_checkpoint.mode=memory_budget", 2),
     ("training.enable_cpu_offload", 2),
     ("training.global_batch_size=64 training.local_batch_size=4", 4),
-    ("training.global_batch_size=24 training.local_batch_size=4", 4),
     ("training.global_batch_size=4", 3),
     ("training.dataset=c4_test validation.enable validation.dataset=c4_validation", 1),
     ("checkpoint.enable checkpoint.last_save_in_hf checkpoint.no_last_save_model_only", 2),

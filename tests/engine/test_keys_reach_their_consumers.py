@@ -152,6 +152,8 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "data.long_document": lambda s: s.last("cut_documents")["long_document"],
     "data.stride": lambda s: s.last("ConcatPacking")["stride"],
     "data.last_row": lambda s: "keep" if s.last("ConcatPacking")["keep_last"] else "drop",
+    "data.streaming": lambda s: len(s.spy.calls["StreamSettings"]) == 1,
+    "data.shuffle_buffer_size": lambda s: s.last("StreamSettings")["buffer_size"],
     "data.dummy_tokens": lambda s: s.last("DummyRows")["num_tokens"],
     "parallelism.data_parallel_replicate_degree": lambda s: mesh_sizes(s)[0],
     "parallelism.context_parallel_degree": lambda s: s.last("apply_context")["dims"].cp,

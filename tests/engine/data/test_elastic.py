@@ -4,10 +4,13 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from engine.data.rows import TokenRows
 from engine.verify.__main__ import main
 from engine.verify.elastic import cut_steps, not_once
 from engine.verify.elastic_faults import FAULTS
@@ -25,20 +28,6 @@ def verify(cache_folder: str, jsonl: Path) -> Verify:
         return main(["data-elastic", *data, *sizes, *words])
 
     return verify
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    turns = [
-        [
-            {"role": "user", "content": f"what is {number}?"},
-            {"role": "assistant", "content": " ".join(f"it is {number}" for _ in range(n % 9 + 1))},
-        ]
-        for n, number in enumerate(range(90))
-    ]
-    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
-    return path
 
 
 CHAT = ("--data.format=chat", "--data.chat_template=tulu", "--data.packing=best_fit")
@@ -99,9 +88,6 @@ def test_each_fault_is_noticed(verify: Verify, fault: str, capsys):
 def test_a_fault_that_is_not_noticed_has_an_exit_code_of_its_own(
     verify: Verify, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    from contextlib import nullcontext
-    from dataclasses import replace
-
     harmless = replace(FAULTS["dealt_twice"], planted=nullcontext)
     monkeypatch.setitem(FAULTS, "dealt_twice", harmless)
     assert verify("--plan=2", "--steps=2", "--workers=0", "--fault=dealt_twice") == 3
@@ -109,8 +95,6 @@ def test_a_fault_that_is_not_noticed_has_an_exit_code_of_its_own(
 
 
 def test_a_rank_that_cannot_go_on_is_named(verify: Verify, monkeypatch: pytest.MonkeyPatch, capsys):
-    from engine.data.rows import TokenRows
-
     row = TokenRows.row
     monkeypatch.setattr(TokenRows, "row", lambda self, i: row(self, i) if i != 13 else 1 / 0)
     assert verify("--plan=2", "--steps=4", "--workers=0") == 1
@@ -125,6 +109,7 @@ def test_a_rank_that_cannot_go_on_is_named(verify: Verify, monkeypatch: pytest.M
         (["--fault=late_curser"], "did you mean 'late_cursor'.*order_by_rank"),
         (["--fault=late_cursor", "--plan=4"], "needs two parts, such as --plan 2,3"),
         (["--plan=4", "--training.global_batch_size=3"], "ranks, 4; start at most 3"),
+        (["--data.streaming", "--workers=2"], "one worker or none; give --workers 0,1"),
         (["--training.sequence_len=3"], "did you mean training.seq_len"),
     ],
 )
