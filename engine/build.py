@@ -10,6 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from engine.batches import (
+    first_counters,
+    log_dealing,
+    open_training_batches,
+    open_training_rows,
+    rows_opener,
+)
 from engine.checkpoint import CheckpointConfig, Checkpointer, TrainingState
 from engine.checkpoint_storage import RankGroup
 from engine.cli import to_toml
@@ -17,11 +24,9 @@ from engine.combinations import check_combinations
 from engine.config import JobConfig
 from engine.data.batch import Batch
 from engine.data.chat_templates import template_text
-from engine.data.loader import train_batches, validation_batches
-from engine.data.mixture import MixedRows, mix, numbered
+from engine.data.loader import validation_batches
+from engine.data.mixture import MixedRows, numbered
 from engine.data.rows import RowSource
-from engine.data.sources import open_rows
-from engine.data.stdlib import Split
 from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from engine.distributed import World
 from engine.health import NonFinitePolicy
@@ -78,7 +83,9 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     architecture = resolve_architecture(config.model, model_needs(config, world.device.type))
     tokenizer = open_tokenizer(config)
     check_combinations(config, dims, architecture.config, tokenizer.vocab_size)
-    rows = None if config.validation.only else _open_training_rows(config, tokenizer, dims)
+    rows = None
+    if not config.validation.only:
+        rows = open_training_rows(config, tokenizer, batch_degree=dims.batch_degree)
     validation = _validation_batches(config, tokenizer, dims)
     _agree_on_data(tokenizer, rows)
     _log_work(config, dims, architecture)
@@ -100,7 +107,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     state = TrainingState(
         model=model,
         optimizer=optimizer,
-        counters={"step": 0, "rows_consumed": 0, "tokens": 0, "trained_tokens": 0},
+        counters=first_counters(),
         data_fingerprint=rows.fingerprint if rows else "",
     )
     checkpointer = _build_checkpointer(
@@ -126,20 +133,13 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
 
 def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture) -> None:
     total, _ = parameter_counts(architecture.config)
-    training = config.training
-    rows = training.rows_per_step(dims.batch_degree)
     log.info("model: %s, %s, %s parameters", config.model.name, architecture.origin, f"{total:,}")
     sizes = architecture.config
     log.info(
         "attention: %s, kernels: %s; ranks: %s", sizes.attention, sizes.kernels, dims.describe()
     )
     log.info("number formats: %s", precision_of(config).describe())
-    log.info(
-        "one step: %d rows of %d tokens, %s tokens",
-        rows,
-        training.seq_len,
-        f"{rows * training.seq_len:,}",
-    )
+    log_dealing(config.training, dims.batch_degree)
 
 
 def _log_frozen(model: nn.Module) -> None:
@@ -172,29 +172,13 @@ def precision_of(config: JobConfig) -> PrecisionConfig:
     )
 
 
-def _open_training_rows(config: JobConfig, tokenizer: Tokenizer, dims: ParallelDims) -> RowSource:
-    training, sources = config.training, config.data.sources
-    opened = _opener(config, tokenizer, "train", training.seq_len)
-    if not sources:
-        return opened(training.dataset, training.dataset_path)
-    rows_per_step = training.rows_per_step(dims.batch_degree)
-    mixture = mix(
-        [opened(source.dataset, source.path, source=source) for source in sources],
-        sources,
-        rows_per_step=rows_per_step,
-        seed=config.debug.effective_seed,
-    )
-    mixture.log_plan(training.steps * rows_per_step)
-    return mixture
-
-
 def _validation_batches(
     config: JobConfig, tokenizer: Tokenizer, dims: ParallelDims
 ) -> Callable[[], Iterable[Batch]] | None:
     validation, sources = config.validation, config.validation.sources
     if not (validation.enable or validation.only):
         return None
-    opened = _opener(config, tokenizer, "validation", validation.seq_len)
+    opened = rows_opener(config, tokenizer, "validation", validation.seq_len)
     if sources:
         parts = numbered([opened(source.dataset, source.path, source=source) for source in sources])
     else:
@@ -210,21 +194,6 @@ def _validation_batches(
             pad_to_multiple=config.parallelism.token_multiple,
         )
         for rows in parts
-    )
-
-
-def _opener(
-    config: JobConfig, tokenizer: Tokenizer, split: Split, seq_len: int
-) -> Callable[..., RowSource]:
-    return partial(
-        open_rows,
-        split=split,
-        seq_len=seq_len,
-        seed=config.debug.effective_seed,
-        tokenizer=tokenizer,
-        config=config.data,
-        # Held-out rows too, so that the first `validation.steps` batches stand for the whole set.
-        shuffle=True,
     )
 
 
@@ -362,18 +331,15 @@ def _build_trainer(
     stalls: StallWatch,
 ) -> Trainer:
     training = config.training
-    rows_per_step = training.rows_per_step(dims.batch_degree)
+    dealing = training.dealing(dims.batch_degree)
     batches: Iterator[Batch] = iter(())
     if rows is not None:
-        batches = train_batches(
+        batches = open_training_batches(
+            config,
             rows,
-            local_batch_size=training.local_batch_size,
-            global_batch_size=rows_per_step,
             batch_rank=dims.batch_rank,
             batch_degree=dims.batch_degree,
-            start_row=int(state.counters["rows_consumed"]),
-            dataloader=training.dataloader,
-            pad_to_multiple=config.parallelism.token_multiple,
+            counters=state.counters,
         )
     assert state.optimizer is not None, "training has an optimizer"
     return Trainer(
@@ -384,8 +350,8 @@ def _build_trainer(
         nonfinite=NonFinitePolicy(training.on_nonfinite, gather=world.gather_texts),
         dims=dims,
         device=world.device,
-        rows_per_step=rows_per_step,
-        microbatches=rows_per_step // (training.local_batch_size * dims.batch_degree),
+        rows_per_step=dealing.rows_per_step,
+        microbatches=dealing.microbatches,
         max_norm=training.max_norm,
         source_names=rows.source_names if rows is not None else ("",),
         watched=stalls.working,

@@ -224,6 +224,24 @@ DATA_RULES = (
         remedy="make it one of the sources, or leave it out",
     ),
     Rule(
+        id="streaming_of_random_tokens",
+        keys=("data.streaming", "training.dataset"),
+        applies=lambda f: (
+            f.trains and f.config.data.streaming and f.config.training.dataset == "dummy"
+        ),
+        reason="random tokens are made when they are needed and come from no source",
+        remedy="set data.streaming = false",
+    ),
+    Rule(
+        id="streaming_by_several_workers",
+        keys=("data.streaming", "training.dataloader.num_workers"),
+        applies=lambda f: (
+            f.trains and f.config.data.streaming and f.config.training.dataloader.num_workers > 1
+        ),
+        reason="each worker would read the whole stream and tokenise all rows of its rank",
+        remedy="set num_workers to 1, or data.streaming = false to read prepared rows with several",
+    ),
+    Rule(
         id="stride_longer_than_a_row",
         keys=("data.stride",),
         applies=lambda f: f.config.data.stride > f.shortest_row,

@@ -55,18 +55,14 @@ LAYOUT_RULES = (
         remedy="use a degree that does",
     ),
     Rule(
-        id="global_batch_that_is_no_multiple_of_a_microbatch",
-        keys=("training.global_batch_size", "training.local_batch_size"),
-        applies=lambda f: (
-            f.config.training.global_batch_size > 0
-            and f.world_size % (f.cp * f.tp) == 0
-            and f.config.training.global_batch_size % f.rows_of_a_microbatch != 0
+        id="more_data_parallel_ranks_than_rows_of_a_step",
+        keys=("training.global_batch_size",),
+        applies=lambda f: 0 < f.config.training.global_batch_size < f.num_data_parallel_ranks,
+        reason="there are {f.num_data_parallel_ranks} data-parallel ranks, some without any row",
+        remedy=(
+            "raise it, raise a tensor- or context-parallel degree, or start fewer ranks; those "
+            "that share the rows evenly are {f.even_data_parallel_ranks}"
         ),
-        reason=(
-            "the first is not a multiple of local_batch_size x data-parallel ranks "
-            "= {f.rows_of_a_microbatch}"
-        ),
-        remedy="change one of them, or set global_batch_size = -1 for one microbatch on each rank",
     ),
 )
 

@@ -3,6 +3,7 @@
 import logging
 from contextlib import ExitStack
 
+from engine.batches import count_step
 from engine.build import Run, build
 from engine.config import JobConfig, check
 from engine.distributed import (
@@ -159,12 +160,14 @@ def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
         squared_document_tokens=report.squared_document_tokens,
         rows=rows,
     )
-    counters["step"] = step
-    counters["rows_consumed"] += rows
-    counters["tokens"] += report.tokens
-    counters["trained_tokens"] += report.trained_tokens
-    for name, source in report.sources.items():
-        counters[f"tokens/{name}"] = counters.get(f"tokens/{name}", 0) + source.tokens
+    count_step(
+        counters,
+        step,
+        rows=rows,
+        tokens=report.tokens,
+        trained_tokens=report.trained_tokens,
+        sources=report.sources,
+    )
     if not config.metrics.is_due(step, steps) and not _should_validate(config, step):
         return None
     return meter.report(

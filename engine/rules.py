@@ -77,9 +77,14 @@ class Facts:
         return parallelism.data_parallel_replicate_degree * shard * self.cp * self.tp
 
     @property
-    def rows_of_a_microbatch(self) -> int:
-        """Rows of one microbatch over all ranks."""
-        return self.config.training.local_batch_size * (self.world_size // (self.cp * self.tp))
+    def num_data_parallel_ranks(self) -> int:
+        """Ranks, or groups of them, that read rows of their own."""
+        return self.world_size // (self.cp * self.tp)
+
+    @property
+    def even_data_parallel_ranks(self) -> str:
+        """Numbers of data-parallel ranks that share the rows of a step without fillers."""
+        return ", ".join(map(str, self.config.training.even_degrees()))
 
     @property
     def trains(self) -> bool:

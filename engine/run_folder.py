@@ -53,6 +53,8 @@ DECIDES_THE_ROWS = frozenset(
         "data.stride",
         "data.last_row",
         "data.long_document",
+        "data.streaming",
+        "data.shuffle_buffer_size",
         "data.on_bad_record",
         "data.dummy_tokens",
     }

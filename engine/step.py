@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch
-from engine.data.loader import DataloaderConfig
+from engine.data.loader import DataloaderConfig, Dealing
 from engine.health import NonFinitePolicy
 from engine.objectives import Objective, combine
 from parallelisms.collectives import SequenceSum, clip_gradients, sum_over
@@ -32,10 +32,12 @@ class TrainingConfig:
     """File or folder of the data, where the source needs one."""
 
     local_batch_size: int = 8
-    """Rows of one microbatch on one data-parallel rank."""
+    """Most rows of one microbatch on one data-parallel rank; fewer where the ranks share those of
+    a step more evenly so."""
 
     global_batch_size: int = -1
-    """Rows of one optimizer step over all ranks; -1 means one microbatch on each rank."""
+    """Rows of one optimizer step over all ranks; -1 means one microbatch on each rank. Ranks that
+    cannot share them evenly are given filler rows, which train nothing."""
 
     seq_len: int = 2048
     """Tokens of one row."""
@@ -78,8 +80,8 @@ class TrainingConfig:
                 raise ValueError(f"training.{key} = {getattr(self, key)}; give at least 1")
         if self.global_batch_size != -1 and self.global_batch_size < 1:
             raise ValueError(
-                f"training.global_batch_size = {self.global_batch_size}; give a multiple of "
-                "training.local_batch_size x data-parallel ranks, or -1"
+                f"training.global_batch_size = {self.global_batch_size}; give a number of rows, "
+                "best a multiple of training.local_batch_size x data-parallel ranks, or -1"
             )
         if not self.max_norm > 0:
             raise ValueError(
@@ -89,16 +91,21 @@ class TrainingConfig:
 
     def rows_per_step(self, batch_degree: int) -> int:
         """Return the rows of one optimizer step over `batch_degree` data-parallel ranks."""
-        per_microbatch = self.local_batch_size * batch_degree
-        if self.global_batch_size == -1:
-            return per_microbatch
-        if self.global_batch_size % per_microbatch:
-            raise ValueError(
-                f"training.global_batch_size = {self.global_batch_size} is not a multiple of "
-                f"training.local_batch_size x data-parallel ranks = {self.local_batch_size} x "
-                f"{batch_degree} = {per_microbatch}; change one of them"
-            )
-        return self.global_batch_size
+        one_microbatch_each = self.local_batch_size * batch_degree
+        return one_microbatch_each if self.global_batch_size == -1 else self.global_batch_size
+
+    def dealing(self, batch_degree: int) -> Dealing:
+        """Return how `batch_degree` data-parallel ranks share the rows of one optimizer step."""
+        return Dealing.of(
+            local_batch_size=self.local_batch_size,
+            global_batch_size=self.rows_per_step(batch_degree),
+            batch_degree=batch_degree,
+        )
+
+    def even_degrees(self) -> list[int]:
+        """Return the numbers of data-parallel ranks that share a step's rows without fillers."""
+        rows = self.global_batch_size
+        return [n for n in range(1, rows + 1) if self.dealing(n).filler_share == 0]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -97,14 +97,15 @@ def fake_process_group(world_size: int) -> Iterator[None]:
 def _report(config: JobConfig, architecture: Architecture, world_size: int) -> None:
     dims = ParallelDims.of(config.parallelism, world_size)
     training = config.training
-    rows = training.rows_per_step(dims.batch_degree)
-    microbatches = rows // (training.local_batch_size * dims.batch_degree)
+    dealing = training.dealing(dims.batch_degree)
+    rows, fillers = dealing.rows_per_step, 100 * dealing.filler_share
     total, _ = parameter_counts(architecture.config)
     print(f"model:   {config.model.name}, {architecture.origin}: {total:,} parameters")
     print(f"ranks:   {world_size} = {dims.describe()}")
     print(
-        f"step:    {rows:,} rows = {training.local_batch_size} x {dims.batch_degree} data-parallel "
-        f"ranks x {microbatches} microbatches; x {training.seq_len:,} = "
+        f"step:    {rows:,} rows = {dealing.rows_per_microbatch} x {dims.batch_degree} "
+        f"data-parallel ranks x {dealing.microbatches} microbatches"
+        f"{f' less {fillers:.1f}% fillers' if fillers else ''}; x {training.seq_len:,} = "
         f"{rows * training.seq_len:,} tokens\n"
     )
     precision = PrecisionConfig(

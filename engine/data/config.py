@@ -18,6 +18,9 @@ CHAT_KEYS = {
     "system_prompt_rate": 1.0,
 }
 
+DEFAULT_BUFFER_SIZE = 10_000
+LEAST = {"stride": 0, "num_processes": 0, "dummy_tokens": 1, "shuffle_buffer_size": 1}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
@@ -183,6 +186,14 @@ class DataConfig:
     there, leave it out, cut it into several that do not see each other, or stop. Each is counted
     in the log."""
 
+    streaming: bool = False
+    """Read records when they are needed, instead of tokenising them all first. Then the order is
+    shuffled within a buffer only, and a resumed run reads from the beginning again. Validation rows
+    are prepared all the same."""
+
+    shuffle_buffer_size: int = DEFAULT_BUFFER_SIZE
+    """Records of a stream among which the next one is drawn; 1 keeps their order."""
+
     on_bad_record: Literal["raise", "skip"] = "raise"
     """Stop at a record that cannot be read or has no text, or count it and go on."""
 
@@ -197,13 +208,14 @@ class DataConfig:
     """Tokens in an epoch of the `dummy` dataset."""
 
     def __post_init__(self) -> None:
-        for name, least in (("stride", 0), ("num_processes", 0), ("dummy_tokens", 1)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"data.{name} = {value}; give a whole number from {least} up")
         check_names(self.sources, "data")
         self._check_shares()
         self._check_chat_keys()
+        self._check_streaming()
         others = ("last_row", "stride") if self.packing != "concat" else ("long_document",)
         default = {"last_row": "keep", "stride": 0, "long_document": "truncate"}
         for name in others:
@@ -234,6 +246,31 @@ class DataConfig:
                     f"data.sources: every weight is 0 from step {step} on; give a source a weight "
                     "above 0 there"
                 )
+
+    def _check_streaming(self) -> None:
+        if not self.streaming and self.shuffle_buffer_size != DEFAULT_BUFFER_SIZE:
+            raise ValueError(
+                f"data.shuffle_buffer_size = {self.shuffle_buffer_size} has no meaning without a "
+                "stream, since prepared data is shuffled as a whole; remove it, or set "
+                "data.streaming = true"
+            )
+        if self.streaming and self.sources:
+            raise ValueError(
+                "data.streaming = true takes one source, and data.sources names "
+                f"{len(self.sources)}, of whose rows it cannot tell how many tokens they hold; "
+                "name one as training.dataset, or set data.streaming = false"
+            )
+        if self.streaming and self.packing == "best_fit":
+            raise ValueError(
+                "data.packing = 'best_fit' needs the lengths of all documents, which a stream does "
+                "not tell; use 'concat' or 'none', or data.streaming = false"
+            )
+        if self.streaming and (self.stride or self.last_row != "keep"):
+            raise ValueError(
+                f"data.stride = {self.stride} and data.last_row = {self.last_row!r} have no "
+                "meaning with data.streaming = true, whose rows neither overlap nor end; remove "
+                "them"
+            )
 
     def _check_chat_keys(self) -> None:
         formats = {self.format, *(source.format or self.format for source in self.sources)}

@@ -2,10 +2,11 @@
 
 Nothing of a loader is worth saving: which rows a step owns follows from its number, so a run
 resumes by starting at the number of rows that its finished steps consumed, on any number of ranks
-and workers.
+and workers. Where ranks cannot share a step's rows evenly, fillers make up what is missing.
 """
 
 import atexit
+import itertools
 import signal
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row, collate
 from engine.data.rows import RowSource
+from engine.data.streaming import StreamedRows
 
 FILLER = -1
 NEVER = 1 << 62
@@ -56,6 +58,58 @@ class DataloaderConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dealing:
+    """How one optimizer step deals its rows: every rank has as many microbatches of one size.
+
+    Microbatch m of rank r takes the places from (m * R + r) * B of the step, R being
+    `batch_degree` and B `rows_per_microbatch`; places beyond the step's rows are fillers.
+    """
+
+    rows_per_step: int
+    batch_degree: int
+    """Data-parallel ranks."""
+
+    microbatches: int
+    """Microbatches of each rank."""
+
+    rows_per_microbatch: int
+    """Rows of one microbatch of one rank."""
+
+    @classmethod
+    def of(cls, *, local_batch_size: int, global_batch_size: int, batch_degree: int) -> "Dealing":
+        """Deal `global_batch_size` rows in the fewest microbatches of at most `local_batch_size`.
+
+        The microbatches are as small as that number of them allows, so that few rows are fillers:
+        none where the ranks and microbatches divide the rows.
+        """
+        if batch_degree > global_batch_size:
+            raise ValueError(
+                f"training.global_batch_size = {global_batch_size} has fewer rows than the run has "
+                f"data-parallel ranks, {batch_degree}; start at most {global_batch_size}, raise it "
+                "(which changes the training), or raise a tensor- or context-parallel degree"
+            )
+        microbatches = -(-global_batch_size // (local_batch_size * batch_degree))
+        return cls(
+            rows_per_step=global_batch_size,
+            batch_degree=batch_degree,
+            microbatches=microbatches,
+            rows_per_microbatch=-(-global_batch_size // (microbatches * batch_degree)),
+        )
+
+    @property
+    def filler_share(self) -> float:
+        """Fillers among the places of a step, from 0 to 1."""
+        places = self.microbatches * self.batch_degree * self.rows_per_microbatch
+        return 1 - self.rows_per_step / places
+
+    def places(self, batch_rank: int) -> list[int]:
+        """Return the places of a step, from 0, whose rows a rank has."""
+        size, degree = self.rows_per_microbatch, self.batch_degree
+        firsts = [(m * degree + batch_rank) * size for m in range(self.microbatches)]
+        return [n for first in firsts for n in range(first, first + size) if n < self.rows_per_step]
+
+
 def train_batches(
     rows: RowSource,
     *,
@@ -69,24 +123,24 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yield one rank's microbatches without end, from the step that begins at `start_row`.
 
-    Step s owns global rows [s * G, (s + 1) * G), G being `global_batch_size`; within them
-    microbatch m takes L * R rows and rank r the r-th L of those.
+    Each step owns the next G global rows, G being `global_batch_size`; `Dealing` says which rank
+    has which of them.
     """
-    rows_per_microbatch = local_batch_size * batch_degree
-    if global_batch_size % rows_per_microbatch:
-        raise ValueError(
-            f"training.global_batch_size = {global_batch_size} is not a multiple of "
-            f"training.local_batch_size x data-parallel ranks = {local_batch_size} x "
-            f"{batch_degree}; use {-(-global_batch_size // rows_per_microbatch)} x "
-            f"{rows_per_microbatch} = "
-            f"{-(-global_batch_size // rows_per_microbatch) * rows_per_microbatch}"
-        )
+    dealing = Dealing.of(
+        local_batch_size=local_batch_size,
+        global_batch_size=global_batch_size,
+        batch_degree=batch_degree,
+    )
+    if isinstance(rows, StreamedRows):
+        rows = rows.sharing(dealing.places(batch_rank))
     deal = _Deal(
-        first=start_row + batch_rank * local_batch_size,
-        every=rows_per_microbatch,
-        size=local_batch_size,
-        num_batches=None,
-        end=None,
+        start=start_row,
+        num_rows=global_batch_size,
+        num_passes=None,
+        num_batches=dealing.microbatches,
+        size=dealing.rows_per_microbatch,
+        batch_rank=batch_rank,
+        batch_degree=batch_degree,
     )
     return _batches(rows, deal, dataloader, pad_to_multiple)
 
@@ -106,34 +160,46 @@ def validation_batches(
     Every rank gets the same number of batches, at most `steps` unless that is -1; what is missing
     at the end are filler rows with number -1, which have no label.
     """
-    rows_per_batch = local_batch_size * batch_degree
-    num_batches = -(-rows.rows_per_epoch // rows_per_batch)
+    num_batches = -(-rows.rows_per_epoch // (local_batch_size * batch_degree))
     deal = _Deal(
-        first=batch_rank * local_batch_size,
-        every=rows_per_batch,
-        size=local_batch_size,
+        start=0,
+        num_rows=rows.rows_per_epoch,
+        num_passes=1,
         num_batches=num_batches if steps < 0 else min(steps, num_batches),
-        end=rows.rows_per_epoch,
+        size=local_batch_size,
+        batch_rank=batch_rank,
+        batch_degree=batch_degree,
     )
     return _batches(rows, deal, dataloader, pad_to_multiple)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Deal:
-    """Lists of global row numbers, one list a microbatch; numbers from `end` on are fillers."""
+    """Lists of global row numbers, one list a microbatch of one rank.
 
-    first: int
-    every: int
+    Rows are dealt in passes of `num_rows`; places of a pass beyond its rows are fillers.
+    """
+
+    start: int
+    num_rows: int
+    num_passes: int | None
+    """None: without end."""
+
+    num_batches: int
+    """Microbatches of each rank in a pass."""
+
     size: int
-    num_batches: int | None
-    end: int | None
+    batch_rank: int
+    batch_degree: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        start, number = self.first, 0
-        while self.num_batches is None or number < self.num_batches:
-            numbers = range(start, start + self.size)
-            yield [FILLER if self.end is not None and n >= self.end else n for n in numbers]
-            start, number = start + self.every, number + 1
+        passes = itertools.count() if self.num_passes is None else range(self.num_passes)
+        for number in passes:
+            begin = self.start + number * self.num_rows
+            for batch in range(self.num_batches):
+                first = (batch * self.batch_degree + self.batch_rank) * self.size
+                places = range(first, first + self.size)
+                yield [begin + n if n < self.num_rows else FILLER for n in places]
 
 
 class _NumberedRows(Dataset[tuple[int, Row]]):
@@ -151,7 +217,8 @@ def _batches(
 ) -> Iterator[Batch]:
     workers = dataloader.num_workers
     first = next(iter(deal), [FILLER])[0]
-    if workers and first != FILLER:
+    # A stream is for the worker alone to open, and gains nothing from rows read here.
+    if workers and first != FILLER and not isinstance(rows, StreamedRows):
         rows.row(first)  # before the fork, so that workers share the epoch's document order
     with warnings.catch_warnings():
         # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.

@@ -30,6 +30,7 @@ def open_reader(
     only_text: bool,
     root: Path,
     source: SourceConfig | None = None,
+    streaming: bool = False,
 ) -> Reader:
     """Return the reader of a dataset.
 
@@ -38,7 +39,8 @@ def open_reader(
     `jsonl` (or `json`) and `parquet`, whose `path` is a file, a folder or a pattern, or else a
     name or folder for the `datasets` package, which `path` overrides. Files serve whole for the
     split that names them. Of tables `only_text` reads the column `text_field` alone. `source` is
-    the table of the configuration that names the dataset, for messages and its split.
+    the table of the configuration that names the dataset, for messages and its split. With
+    `streaming` a dataset of the package is not downloaded first, but read as it is asked for.
     """
     dataset_key, path_key = _keys(split, source)
     column = text_field if only_text else None
@@ -50,12 +52,12 @@ def open_reader(
         return TextFiles(stdlib_files(split), text_field=text_field, errors="replace")
     suffixes = FILE_SUFFIXES.get(dataset)
     if suffixes is None:
-        from engine.data.hugging_face import DatasetRows, open_dataset  # slow to import
+        from engine.data.hugging_face import read_dataset  # slow to import
 
         key = path_key if path else dataset_key
         part = (source and source.split) or split
-        opened = open_dataset(path or dataset, split=part, key=key)
-        return DatasetRows(opened, name=path or dataset, text_field=column)
+        name = path or dataset
+        return read_dataset(name, split=part, key=key, text_field=column, streaming=streaming)
     if not path:
         raise ValueError(
             f"{dataset_key} = {dataset!r} needs {path_key}: a file, a folder or a pattern"

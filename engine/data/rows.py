@@ -4,7 +4,8 @@ Row `i` is a pure function of (seed, epoch, i), with epoch = i // rows_per_epoch
 of ranks. Dealing rows to ranks is `loader.py`'s, opening what a configuration names `sources.py`'s.
 """
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import torch
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Row
 from engine.data.cache import digest_of
 from engine.data.packing import OneDocumentPacking, Packing, mix_words
+from engine.data.slices import Slice
 from engine.data.token_file import TokenFile
 
 
@@ -21,6 +23,8 @@ class RowSource(Protocol):
 
     seq_len: int
     rows_per_epoch: int
+    """More than any run reads, where the source is a stream whose length nobody knows."""
+
     vocab_size: int
 
     tokens_per_epoch: int
@@ -39,6 +43,42 @@ class RowSource(Protocol):
     def row(self, index: int) -> Row:
         """Return the row with a global number, counted over all epochs."""
         ...
+
+
+class Part(NamedTuple):
+    """A stretch of one document in a row."""
+
+    num_tokens: int
+    tokens: npt.NDArray[np.integer]
+    """Its tokens, and the one behind them where the document goes on: a label."""
+
+    is_trained: npt.NDArray[np.bool_] | None
+    """Which of `tokens` are labels; None: all."""
+
+
+def assemble(parts: Iterable[Part], *, seq_len: int, num_counted_labels: int = 0) -> Row:
+    """Return the row that holds parts of documents, which are numbered from 1, and then padding.
+
+    The first `num_counted_labels` labels are left out, because an earlier row has them.
+    """
+    tokens = np.zeros(seq_len, dtype=np.int64)
+    labels = np.full(seq_len, IGNORED_LABEL, dtype=np.int64)
+    positions = np.zeros(seq_len, dtype=np.int64)
+    documents = np.full(seq_len, PADDING_DOCUMENT, dtype=np.int64)
+    begin = 0
+    for number, (num_tokens, text, is_trained) in enumerate(parts, start=1):
+        end = begin + num_tokens
+        tokens[begin:end] = text[:num_tokens]
+        followers = text[1:].astype(np.int64)
+        if is_trained is not None:
+            followers[~is_trained[1:]] = IGNORED_LABEL
+        labels[begin : begin + len(followers)] = followers
+        positions[begin:end] = np.arange(num_tokens)
+        documents[begin:end] = number
+        begin = end
+    positions[begin:] = np.arange(seq_len - begin)
+    labels[:num_counted_labels] = IGNORED_LABEL
+    return _row(tokens, labels, positions, documents)
 
 
 class TokenRows:
@@ -67,31 +107,21 @@ class TokenRows:
     def row(self, index: int) -> Row:
         """Return a row: its documents numbered from 1, and padding behind them."""
         plan = self._packing.plan(*divmod(index, self.rows_per_epoch))
-        tokens = np.zeros(self.seq_len, dtype=np.int64)
-        labels = np.full(self.seq_len, IGNORED_LABEL, dtype=np.int64)
-        positions = np.zeros(self.seq_len, dtype=np.int64)
-        documents = np.full(self.seq_len, PADDING_DOCUMENT, dtype=np.int64)
-        begin = 0
-        for number, part in enumerate(plan.slices, start=1):
-            end = begin + part.stop - part.start
-            first, past = self._file.offsets[part.document : part.document + 2]
-            here = slice(first + part.start, min(first + part.stop + 1, past))
-            text = self._file.tokens[here]
-            tokens[begin:end] = text[: end - begin]
-            labels[begin : begin + len(text) - 1] = self._labels(here)[1:]
-            positions[begin:end] = np.arange(end - begin)
-            documents[begin:end] = number
-            begin = end
-        positions[begin:] = np.arange(self.seq_len - begin)
-        labels[: plan.num_counted_labels] = IGNORED_LABEL
-        return _row(tokens, labels, positions, documents)
+        return assemble(
+            [self._part(one) for one in plan.slices],
+            seq_len=self.seq_len,
+            num_counted_labels=plan.num_counted_labels,
+        )
 
-    def _labels(self, here: slice) -> npt.NDArray[np.int64]:
-        """Return the tokens of a part of the file, those that are not trained masked."""
-        labels = self._file.tokens[here].astype(np.int64)
-        if self._file.is_trained is not None:
-            labels[~self._file.is_trained[here]] = IGNORED_LABEL
-        return labels
+    def _part(self, one: Slice) -> Part:
+        first, past = self._file.offsets[one.document : one.document + 2]
+        here = slice(first + one.start, min(first + one.stop + 1, past))
+        is_trained = self._file.is_trained
+        return Part(
+            one.stop - one.start,
+            self._file.tokens[here],
+            None if is_trained is None else is_trained[here],
+        )
 
 
 class DummyRows:

@@ -11,6 +11,7 @@ from engine.data.packing import ConcatPacking, OneDocumentPacking, Packing
 from engine.data.rows import DummyRows, RowSource, TokenRows
 from engine.data.slices import cut_documents
 from engine.data.stdlib import Split
+from engine.data.streaming import StreamedRows, StreamSettings
 from engine.data.token_file import Recipe, TokenFile, open_token_file
 from engine.data.tokenizer import Tokenizer
 
@@ -74,6 +75,52 @@ def open_rows(
         seq_len=seq_len,
         vocab_size=tokenizer.vocab_size,
         fingerprint=digest_of(file.digest, seq_len, seed if shuffle else None, *settings),
+    )
+
+
+def stream_rows(
+    dataset: str,
+    dataset_path: str | None,
+    *,
+    seq_len: int,
+    seed: int,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    rows_per_step: int,
+) -> StreamedRows:
+    """Return the training rows of a dataset that is read as it goes; nothing is prepared."""
+    name = " ".join(filter(None, (dataset, dataset_path, "train")))
+    reader = open_reader(
+        dataset,
+        dataset_path,
+        split="train",
+        text_field=config.text_field,
+        only_text=config.format == "text",
+        root=cache_root(config.cache_folder),
+        streaming=True,
+    )
+    log.info(
+        "%s: a stream. Every data-parallel rank reads all of it and tokenises its own rows; a "
+        "resumed run reads from the beginning again, and meets the same rows only if the source "
+        "still has the same records; order is random within %s records; the end of an epoch is "
+        "not known; another training.global_batch_size changes the order. data.streaming = false "
+        "has none of these limits",
+        *(name, f"{config.shuffle_buffer_size:,}"),
+    )
+    assert config.packing != "best_fit", "the section data refuses it for streams"
+    return StreamedRows(
+        reader,
+        name=name,
+        tokenizer=tokenizer,
+        recipe=_recipe(config, seed, config.format, config.text_field),
+        settings=StreamSettings(
+            seq_len=seq_len,
+            seed=seed,
+            num_lanes=rows_per_step,
+            buffer_size=config.shuffle_buffer_size,
+            packing=config.packing,
+            long_document=config.long_document,
+        ),
     )
 
 

@@ -92,7 +92,7 @@ TRAIN = {
         f"{SCHEDULE}lr_factor", lr_scheduler__decay_type="cosine", lr_scheduler__min_lr_factor=0.25
     ),
     **rows(
-        f"{BUILD}_open_training_rows",
+        "engine/batches.py:open_training_rows",
         training__dataset="jsonl",
         training__dataset_path="{folder}/train.jsonl",
         training__seq_len=24,
@@ -213,6 +213,12 @@ FROM_HF = {
 }
 """A start from the first one's export."""
 
+STREAMED = {
+    **rows("engine/batches.py:open_training_rows", data__streaming=True),
+    **rows("engine/data/sources.py:stream_rows", data__shuffle_buffer_size=7),
+}
+"""The first run's text again, without preparing it."""
+
 COMPILED = {
     **rows(
         f"{BUILD}_open_training_rows",
@@ -278,6 +284,7 @@ RUNS = {
     "validate": VALIDATE,
     "on_from": ON_FROM,
     "from_hf": FROM_HF,
+    "streamed": STREAMED,
     "compiled": COMPILED,
     "laid_out": LAID_OUT,
     "overlapped": OVERLAPPED,

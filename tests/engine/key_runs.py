@@ -51,6 +51,7 @@ RECORDED = (
     "engine.data.sources.cut_documents",
     "engine.data.sources.DummyRows",
     "engine.data.sources.open_token_file",
+    "engine.data.sources.StreamSettings",
     "engine.evaluate.model_inputs",
     "engine.loop.build",
     "engine.loop.set_learning_rate",
@@ -181,6 +182,13 @@ def settings_of(name: str) -> Settings:
             "data.stride": 0,
             "training.dtype": "float32",
             "training.mixed_precision_reduce": "float32",
+        },
+        "streamed": another
+        | {
+            "checkpoint.enable": False,
+            "data.last_row": "keep",
+            "data.stride": 0,
+            "training.steps": 1,
         },
         "compiled": another
         | {

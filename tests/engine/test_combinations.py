@@ -39,6 +39,7 @@ ULYSSES = "parallelism.context_parallel_mode=ulysses"
 RING = "parallelism.context_parallel_mode=ring"
 NO_LSE = "tests.engine.attention_without_lse"
 LIGER = "model.kernels=liger"
+STREAM, LOADER = "data.streaming", "training.dataloader.num_workers"
 CUDA: dict[str, Any] = {"device_type": "cuda"}
 
 CASES = {
@@ -58,9 +59,9 @@ CASES = {
     "feed_forward_width_that_tensor_parallelism_does_not_divide": Case(
         refused=TP2, allowed=TP2, world_size=2, facts={"intermediate_size": 383}
     ),
-    "global_batch_that_is_no_multiple_of_a_microbatch": Case(
-        refused="training.global_batch_size=24 training.local_batch_size=4",
-        allowed="training.global_batch_size=32 training.local_batch_size=4",
+    "more_data_parallel_ranks_than_rows_of_a_step": Case(
+        refused="training.global_batch_size=3",
+        allowed=f"training.global_batch_size=3 {TP2}",
         world_size=4,
     ),
     "heads_that_ulysses_does_not_divide": Case(
@@ -199,6 +200,12 @@ CASES = {
         refused="validation.dataset=parquet validation.enable",
         allowed="validation.dataset=parquet",
     ),
+    "streaming_of_random_tokens": Case(
+        refused=f"{STREAM} training.dataset=dummy", allowed=f"{STREAM} validation.dataset=dummy"
+    ),
+    "streaming_by_several_workers": Case(
+        refused=f"{STREAM} {LOADER}=2", allowed=f"{STREAM} {LOADER}=1"
+    ),
     "stride_longer_than_a_row": Case(
         refused="data.stride=300 validation.seq_len=256 validation.enable",
         allowed="data.stride=300 validation.seq_len=256",
@@ -311,8 +318,8 @@ def test_all_refusals_come_in_one_message():
 
 
 def test_an_unknown_flavor_does_not_hide_other_mistakes():
-    config = load_config(["--model.flavor=9B", "--training.global_batch_size=7"])
-    with pytest.raises(ValueError, match=r"2 mistakes(.|\n)*'9B'(.|\n)*global_batch_size = 7"):
+    config = load_config(["--model.flavor=9B", "--training.global_batch_size=3"])
+    with pytest.raises(ValueError, match=r"2 mistakes(.|\n)*'9B'(.|\n)*global_batch_size = 3"):
         check(config, 4)
 
 
@@ -359,6 +366,7 @@ ALLOWED = [
     (f"{TP2} compile.enable activation_checkpoint.mode=memory_budget", 2),
     ("training.enable_cpu_offload", 2),
     ("training.global_batch_size=64 training.local_batch_size=4", 4),
+    ("training.global_batch_size=4", 3),
     ("training.dataset=c4_test validation.enable validation.dataset=c4_validation", 1),
     ("checkpoint.enable checkpoint.last_save_in_hf checkpoint.no_last_save_model_only", 2),
     ("checkpoint.enable checkpoint.async_mode=async_with_pinned_mem", 2),

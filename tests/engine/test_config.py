@@ -34,6 +34,7 @@ NOT_ALONE = {
     "data.system_prompts": ["--data.format=chat"],
     "data.system_prompt_rate": ["--data.format=chat"],
     "data.long_document": ["--data.packing=none"],
+    "data.shuffle_buffer_size": ["--data.streaming"],
     "data.stride": ["--data.stride", "5"],
     "experimental.custom_import": ["--experimental.custom_import", "json"],
     "job.custom_config_module": ["--job.custom_config_module", "engine.config"],

@@ -157,6 +157,8 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "validation.sources": lambda s: [
         SourceConfig(name=name, dataset="dummy") for name in s.run.validation_names
     ],
+    "data.streaming": lambda s: len(s.spy.calls["StreamSettings"]) == 1,
+    "data.shuffle_buffer_size": lambda s: s.last("StreamSettings")["buffer_size"],
     "data.dummy_tokens": lambda s: s.last("DummyRows")["num_tokens"],
     "parallelism.data_parallel_replicate_degree": lambda s: mesh_sizes(s)[0],
     "parallelism.context_parallel_degree": lambda s: s.last("apply_context")["dims"].cp,

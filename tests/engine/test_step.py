@@ -12,10 +12,18 @@ from torch import Tensor
 
 from engine.data.batch import IGNORED_LABEL, Batch
 from engine.health import NonFiniteError
-from engine.objectives import SequenceSum
+from engine.objectives import SequenceSum, combine
 from engine.objectives.pretrain import Pretrain
 from engine.optim import OptimizerConfig
-from engine.step import SourceReport, StepReport, TrainingConfig, train_step
+from engine.step import (
+    SourceReport,
+    StepReport,
+    TrainingConfig,
+    accumulate_gradients,
+    measure,
+    sum_globally,
+    train_step,
+)
 from tests.engine.training_cases import (
     ROWS_PER_STEP,
     RaggedRows,
@@ -308,12 +316,80 @@ def test_a_step_that_is_not_finite_stops_the_run_and_names_the_step(ranks: RankP
     assert NonFiniteError.__name__ in repr(caught.value) + str(caught.value)
 
 
-def test_rows_of_a_step_must_be_whole_microbatches() -> None:
+UNEVEN = [
+    (Case(shard=3), 1),  # 3 microbatches of 1 row: the last rank's last one is a filler
+    (Case(shard=3), 8),  # 1 microbatch of 3 rows, of which the last rank has 2
+    (Case(shard=3, cp=2, context="ring"), 1),
+]
+
+
+@pytest.mark.parametrize(("case", "local_batch_size"), UNEVEN, ids=str)
+def test_an_update_is_the_same_where_ranks_cannot_share_its_rows_evenly(
+    ranks: RankPool, case: Case, local_batch_size: int
+) -> None:
+    (expected, parameters), *_ = ranks(1, take_steps, Case(), ROWS_PER_STEP)
+    for reports, found in ranks(case.world_size, take_steps, case, local_batch_size):
+        for report, wanted in zip(reports, expected, strict=True):
+            assert report.loss == pytest.approx(wanted.loss, rel=FP32_REORDERED_SUM)
+            assert report.grad_norm == pytest.approx(wanted.grad_norm, rel=FP32_REORDERED_SUM)
+            assert (report.tokens, report.trained_tokens) == (wanted.tokens, wanted.trained_tokens)
+            assert report.squared_document_tokens == wanted.squared_document_tokens
+        for name, value in parameters.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def gradients(rank: int, world_size: int, case: Case) -> tuple[float, dict[str, Tensor]]:
+    trainer = make_trainer(case, local_batch_size=1 if world_size > 1 else ROWS_PER_STEP)
+    batches = [next(trainer.batches) for _ in range(trainer.microbatches)]
+    counts = sum_globally([measure(b, trainer.objective) for b in batches], trainer.dims, "batch")
+    sums = sum_globally(accumulate_gradients(trainer, batches, counts), trainer.dims, "loss")
+    loss = float(combine(sums, counts, trainer.objective.coefficients))
+    found = {name: p.grad for name, p in trainer.model.named_parameters()}
+    return loss, {n: getattr(g, "full_tensor", lambda g=g: g)().clone() for n, g in found.items()}
+
+
+def test_eight_rows_on_three_ranks_give_the_loss_and_every_gradient_of_one(
+    ranks: RankPool,
+) -> None:
+    ((expected_loss, expected),) = ranks(1, gradients, Case())
+    for loss, found in ranks(3, gradients, Case(shard=3)):
+        assert loss == pytest.approx(expected_loss, rel=FP32_REORDERED_SUM)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            error = (found[name] - gradient).abs().max() / gradient.abs().max()
+            assert error <= FP32_REORDERED_SUM, name
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "most", "microbatches", "size", "fillers"),
+    [
+        (8, 4, 2, 1, 2, 0),
+        (16, 2, 2, 4, 2, 0),
+        (8, 3, 1, 3, 1, 1),
+        (8, 3, 4, 1, 3, 1),
+        (16, 3, 4, 2, 3, 2),
+        (4, 1, 8, 1, 4, 0),
+        (40, 4, 8, 2, 5, 0),
+        (5, 5, 8, 1, 1, 0),
+        (10, 2, 4, 2, 3, 2),
+    ],
+)
+def test_a_step_is_dealt_in_few_and_even_microbatches(
+    rows: int, ranks: int, most: int, microbatches: int, size: int, fillers: int
+) -> None:
+    config = TrainingConfig(local_batch_size=most, global_batch_size=rows)
+    dealing = config.dealing(ranks)
+    assert (dealing.microbatches, dealing.rows_per_microbatch) == (microbatches, size)
+    assert dealing.filler_share == pytest.approx(fillers / (rows + fillers))
+    assert (ranks in config.even_degrees()) == (fillers == 0)
+
+
+def test_a_step_has_a_row_for_every_rank() -> None:
     config = TrainingConfig(local_batch_size=2, global_batch_size=8)
-    assert config.rows_per_step(4) == 8
+    assert config.rows_per_step(3) == 8
     assert TrainingConfig(local_batch_size=3).rows_per_step(4) == 12
-    with pytest.raises(ValueError, match=r"training\.global_batch_size = 8 .* 2 x 3 = 6"):
-        config.rows_per_step(3)
+    with pytest.raises(ValueError, match=r"training\.global_batch_size = 8 .* ranks, 9; start at"):
+        config.dealing(9)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row
-from engine.data.loader import DataloaderConfig, train_batches, validation_batches
+from engine.data.loader import DataloaderConfig, Dealing, train_batches, validation_batches
 from engine.health import NonFinitePolicy
 from engine.objectives.pretrain import build as build_pretrain
 from engine.optim import OptimizerConfig, build_optimizer
@@ -75,6 +75,11 @@ def make_trainer(
     """Build the trainer of one rank; a step has the same rows on any layout."""
     model, dims = build_case(case, frozen=frozen)
     rows = rows or RaggedRows()
+    dealing = Dealing.of(
+        local_batch_size=local_batch_size,
+        global_batch_size=ROWS_PER_STEP,
+        batch_degree=dims.batch_degree,
+    )
     batches = train_batches(
         rows,
         local_batch_size=local_batch_size,
@@ -94,7 +99,7 @@ def make_trainer(
         dims=dims,
         device=torch.device("cpu"),
         rows_per_step=ROWS_PER_STEP,
-        microbatches=ROWS_PER_STEP // (local_batch_size * dims.batch_degree),
+        microbatches=dealing.microbatches,
         max_norm=0.5,
         source_names=rows.source_names,
     )

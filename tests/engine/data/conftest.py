@@ -55,6 +55,21 @@ def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 chats of two turns, of which some are longer than others."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    turns = [
+        [
+            {"role": "user", "content": f"what is {number}?"},
+            {"role": "assistant", "content": " ".join(f"it is {number}" for _ in range(n % 9 + 1))},
+        ]
+        for n, number in enumerate(range(90))
+    ]
+    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    return path
+
+
 @pytest.fixture
 def rows_of(cache_folder: str, tokenizer: Tokenizer) -> Callable[..., RowSource]:
     """Opens rows with short defaults: `rows_of(dataset, path, seq_len=..., **data_settings)`."""

@@ -204,12 +204,40 @@ def test_rows_are_padded_to_a_multiple(rows: RowSource):
     assert plain.squared_document_tokens == batch.squared_document_tokens
 
 
-def test_a_global_batch_that_ranks_cannot_share_is_refused_with_the_next_that_they_can(
-    rows: RowSource,
+def test_ranks_that_cannot_share_a_step_evenly_get_fillers_in_it(rows: RowSource):
+    dealt = [
+        [batch.rows_B.tolist() for batch in take(training(rows, rank=rank, ranks=3), 4)]
+        for rank in range(3)
+    ]
+    assert dealt == [
+        [[0, 1], [6, 7], [8, 9], [14, 15]],
+        [[2, 3], [-1, -1], [10, 11], [-1, -1]],
+        [[4, 5], [-1, -1], [12, 13], [-1, -1]],
+    ]
+    (_, filler, *_) = take(training(rows, rank=1, ranks=3), 2)
+    assert (filler.labels_BT == IGNORED_LABEL).all()
+    with pytest.raises(ValueError, match=r"training\.global_batch_size = 8 .* ranks, 9; start at"):
+        training(rows, ranks=9)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_resumed_on_three_of_four_ranks_goes_on_with_the_same_rows(
+    rows: RowSource, num_workers: int
 ):
-    message = r"training\.global_batch_size = 8 is not a multiple.*2 x 3; use 2 x 6 = 12"
-    with pytest.raises(ValueError, match=message):
-        training(rows, ranks=3)
+    dataloader = DataloaderConfig(num_workers=num_workers)
+    found: dict[int, list[int]] = {}
+    for ranks, first in ((4, 0), (3, 5), (4, 10)):
+        for rank in range(ranks):
+            batches = training(
+                rows, rank=rank, ranks=ranks, start_row=8 * first, dataloader=dataloader
+            )
+            for batch in take(batches, 5 * -(-8 // (2 * ranks))):
+                for number, tokens_T in zip(batch.rows_B.tolist(), batch.tokens_BT, strict=True):
+                    assert number not in found
+                    if number >= 0:
+                        found[number] = tokens_T.tolist()
+    assert sorted(found) == list(range(120))
+    assert found == {number: rows.row(number).tokens_T.tolist() for number in found}
 
 
 def test_loader_settings_check_themselves():

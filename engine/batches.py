@@ -1,0 +1,138 @@
+"""From a configuration and the counters of a run to one rank's training microbatches.
+
+What a finished step adds to the counters stands here too: it is where the next part of a run,
+on other ranks and workers, goes on.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import partial
+
+from engine.config import JobConfig
+from engine.data.batch import Batch
+from engine.data.loader import train_batches
+from engine.data.mixture import mix
+from engine.data.rows import RowSource
+from engine.data.sources import open_rows, stream_rows
+from engine.data.stdlib import Split
+from engine.data.tokenizer import Tokenizer
+from engine.step import SourceReport, TrainingConfig
+
+log = logging.getLogger("tessera")
+
+Counters = MutableMapping[str, int | float]
+"""Amounts by name over all ranks since the run began; a checkpoint holds them."""
+
+
+def first_counters() -> dict[str, int | float]:
+    """Return the counters of a run before its first step."""
+    return {"step": 0, "rows_consumed": 0, "tokens": 0, "trained_tokens": 0}
+
+
+def count_step(
+    counters: Counters,
+    step: int,
+    *,
+    rows: int,
+    tokens: int,
+    trained_tokens: int,
+    sources: Mapping[str, SourceReport],
+) -> None:
+    """Count a finished step; `rows_consumed` is the run's place in the data."""
+    counters["step"] = step
+    counters["rows_consumed"] += rows
+    counters["tokens"] += tokens
+    counters["trained_tokens"] += trained_tokens
+    for name, source in sources.items():
+        counters[f"tokens/{name}"] = counters.get(f"tokens/{name}", 0) + source.tokens
+
+
+def open_training_rows(
+    config: JobConfig, tokenizer: Tokenizer, *, batch_degree: int = 1
+) -> RowSource:
+    """Return the rows that a run trains on, on so many data-parallel ranks.
+
+    Their number matters to streams and to scheduled weights alone, and only while
+    `training.global_batch_size` is -1.
+    """
+    training, sources = config.training, config.data.sources
+    rows_per_step = training.rows_per_step(batch_degree)
+    if config.data.streaming:
+        return stream_rows(
+            training.dataset,
+            training.dataset_path,
+            seq_len=training.seq_len,
+            seed=config.debug.effective_seed,
+            tokenizer=tokenizer,
+            config=config.data,
+            rows_per_step=rows_per_step,
+        )
+    opened = rows_opener(config, tokenizer, "train", training.seq_len)
+    if not sources:
+        return opened(training.dataset, training.dataset_path)
+    mixture = mix(
+        [opened(source.dataset, source.path, source=source) for source in sources],
+        sources,
+        rows_per_step=rows_per_step,
+        seed=config.debug.effective_seed,
+    )
+    mixture.log_plan(training.steps * rows_per_step)
+    return mixture
+
+
+def rows_opener(
+    config: JobConfig, tokenizer: Tokenizer, split: Split, seq_len: int
+) -> Callable[..., RowSource]:
+    """Return `open_rows` with all but what names the data."""
+    return partial(
+        open_rows,
+        split=split,
+        seq_len=seq_len,
+        seed=config.debug.effective_seed,
+        tokenizer=tokenizer,
+        config=config.data,
+        # Held-out rows too, so that the first `validation.steps` batches stand for the whole set.
+        shuffle=True,
+    )
+
+
+def open_training_batches(
+    config: JobConfig,
+    rows: RowSource,
+    *,
+    batch_rank: int,
+    batch_degree: int,
+    counters: Counters,
+) -> Iterator[Batch]:
+    """Yield one data-parallel rank's microbatches from where the finished steps left off."""
+    training = config.training
+    return train_batches(
+        rows,
+        local_batch_size=training.local_batch_size,
+        global_batch_size=training.rows_per_step(batch_degree),
+        batch_rank=batch_rank,
+        batch_degree=batch_degree,
+        start_row=int(counters["rows_consumed"]),
+        dataloader=training.dataloader,
+        pad_to_multiple=config.parallelism.token_multiple,
+    )
+
+
+def log_dealing(training: TrainingConfig, batch_degree: int) -> None:
+    """Log how a step's rows are shared, with a note where some ranks compute fillers."""
+    dealing = training.dealing(batch_degree)
+    log.info(
+        "one step: %d rows of %d tokens, %s tokens, in %d microbatches of %d rows on each of %d "
+        "data-parallel ranks",
+        *(dealing.rows_per_step, training.seq_len),
+        f"{dealing.rows_per_step * training.seq_len:,}",
+        *(dealing.microbatches, dealing.rows_per_microbatch, dealing.batch_degree),
+    )
+    if dealing.filler_share:
+        log.info(
+            "note: %d data-parallel ranks cannot share training.global_batch_size = %d evenly: "
+            "%.1f%% of the rows they compute are fillers, which train nothing; numbers of ranks "
+            "without: %s",
+            *(dealing.batch_degree, dealing.rows_per_step, 100 * dealing.filler_share),
+            ", ".join(map(str, training.even_degrees())),
+        )
