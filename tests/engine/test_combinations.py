@@ -199,6 +199,10 @@ CASES = {
         refused="validation.dataset=parquet validation.enable",
         allowed="validation.dataset=parquet",
     ),
+    "dataset_beside_sources": Case(
+        refused='data.sources=[{name="a",dataset="dummy",weight=1}] training.dataset=dummy',
+        allowed='data.sources=[{name="a",dataset="dummy",weight=1}] training.seq_len=256',
+    ),
     "stride_longer_than_a_row": Case(
         refused="data.stride=300 validation.seq_len=256 validation.enable",
         allowed="data.stride=300 validation.seq_len=256",
