@@ -206,6 +206,10 @@ CASES = {
     "streaming_by_several_workers": Case(
         refused=f"{STREAM} {LOADER}=2", allowed=f"{STREAM} {LOADER}=1"
     ),
+    "dataset_beside_sources": Case(
+        refused='data.sources=[{name="a",dataset="dummy",weight=1}] training.dataset=dummy',
+        allowed='data.sources=[{name="a",dataset="dummy",weight=1}] training.seq_len=256',
+    ),
     "stride_longer_than_a_row": Case(
         refused="data.stride=300 validation.seq_len=256 validation.enable",
         allowed="data.stride=300 validation.seq_len=256",
