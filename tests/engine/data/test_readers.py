@@ -161,6 +161,7 @@ def test_datasets_folders_are_read_by_split(tmp_path: Path, kind: str):
         folder.mkdir()
         dataset.to_json(folder / "train.jsonl")
     opened = open_dataset(str(folder), split="train", key="training.dataset")
+    assert isinstance(opened, datasets.Dataset)
     reader = DatasetRows(opened, name="data", text_field="text")
     assert read_all(reader) == TEXTS
     whole = DatasetRows(opened, name="data", text_field=None)
@@ -176,6 +177,7 @@ def test_the_digest_of_a_saved_dataset_follows_its_content_and_not_its_place(tmp
     def digest(texts: list[str], folder: str) -> str:
         datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / folder)
         opened = open_dataset(str(tmp_path / folder), split="train", key="training.dataset")
+        assert isinstance(opened, datasets.Dataset)
         return DatasetRows(opened, name="data", text_field="text").digest(tmp_path)
 
     assert digest(TEXTS, "one") == digest(TEXTS, "two")
