@@ -33,6 +33,7 @@ from engine.health import NonFinitePolicy
 from engine.hf_io import HfAssets, read_generation_config
 from engine.metrics import Meter, StepCosts, device_peak_flops
 from engine.model import Architecture, resolve_architecture
+from engine.neftune import EmbeddingNoise
 from engine.optim import build_optimizer
 from engine.provenance import checkpoint_files
 from engine.rules import model_needs
@@ -120,7 +121,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
         config=config,
         world=world,
         folder=folder,
-        trainer=_build_trainer(config, world, dims, rows, state, meter, stalls),
+        trainer=_build_trainer(config, architecture, world, dims, rows, state, meter, stalls),
         state=state,
         checkpointer=checkpointer,
         meter=meter,
@@ -323,6 +324,7 @@ def _build_stall_watch(config: JobConfig, world: World) -> StallWatch:
 
 def _build_trainer(
     config: JobConfig,
+    architecture: Architecture,
     world: World,
     dims: ParallelDims,
     rows: RowSource | None,
@@ -354,7 +356,19 @@ def _build_trainer(
         microbatches=dealing.microbatches,
         max_norm=training.max_norm,
         source_names=rows.source_names if rows is not None else ("",),
+        noise=_embedding_noise(config, architecture),
         watched=stalls.working,
+    )
+
+
+def _embedding_noise(config: JobConfig, architecture: Architecture) -> EmbeddingNoise | None:
+    if config.training.neftune_noise_alpha == 0.0:
+        return None
+    return EmbeddingNoise(
+        alpha=config.training.neftune_noise_alpha,
+        seed=config.debug.effective_seed,
+        width=architecture.config.hidden_size,
+        dtype=precision_of(config).param_dtype,
     )
 
 

@@ -1,5 +1,6 @@
 """One optimizer update: counts, microbatches, clipping, step. When to do what is in `loop.py`."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch
 from engine.data.loader import DataloaderConfig, Dealing
 from engine.health import NonFinitePolicy
+from engine.neftune import EmbeddingNoise
 from engine.objectives import Objective, combine
 from parallelisms.collectives import SequenceSum, clip_gradients, sum_over
 from parallelisms.context import split_tokens
@@ -44,6 +46,11 @@ class TrainingConfig:
 
     max_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+
+    neftune_noise_alpha: float = 0.0
+    """Uniform noise added to token embeddings in training: its largest value times the root of
+    L x D, for a document of L tokens and D channels (NEFTune, arXiv:2310.05914, 5 to 15); 0 adds
+    none."""
 
     steps: int = 10000
     """Optimizer steps of the run."""
@@ -88,6 +95,11 @@ class TrainingConfig:
                 f"training.max_norm = {self.max_norm}; give a positive norm, such as 1.0, or inf "
                 "for no clipping"
             )
+        if not 0.0 <= self.neftune_noise_alpha < math.inf:
+            raise ValueError(
+                f"training.neftune_noise_alpha = {self.neftune_noise_alpha}; give a positive "
+                "number, such as 5.0, or 0 for no noise"
+            )
 
     def rows_per_step(self, batch_degree: int) -> int:
         """Return the rows of one optimizer step over `batch_degree` data-parallel ranks."""
@@ -128,6 +140,9 @@ class Trainer:
     max_norm: float
     source_names: tuple[str, ...] = ("",)
     """What `Batch.sources_B` counts in."""
+
+    noise: EmbeddingNoise | None = None
+    """Draws what is added to the embeddings of each microbatch; None adds nothing."""
 
     watched: Callable[[int], AbstractContextManager[object]] = nullcontext
     """Given the step's number, entered for what the step does once its rows are there."""
@@ -185,6 +200,21 @@ def local_tokens(batch: Batch, dims: ParallelDims) -> Batch:
     return replace(batch, **parts)
 
 
+def embedding_noise(
+    whole: Batch, noise: EmbeddingNoise | None, dims: ParallelDims
+) -> dict[str, Tensor]:
+    """Return the keyword argument that adds noise to this rank's tokens of whole rows, if any."""
+    if noise is None:
+        return {}
+    drawn_BTD = noise(
+        whole.documents_BT,
+        document_offsets=whole.document_offsets,
+        rows_B=whole.rows_B,
+        dims=dims,
+    )
+    return {"embedding_noise_BTD": drawn_BTD}
+
+
 def by_source(value_B: Tensor, sources_B: Tensor, num_sources: int) -> Tensor:
     """Add up a value of each row over the rows of each source: float64 (num_sources,).
 
@@ -227,7 +257,8 @@ def accumulate_gradients(
     parts: list[dict[str, Tensor]] = []
     for whole in batches:
         batch = local_tokens(whole, trainer.dims)
-        logps_BT = trainer.model(batch.tokens_BT, **model_inputs(batch))
+        noise = embedding_noise(whole, trainer.noise, trainer.dims)
+        logps_BT = trainer.model(batch.tokens_BT, **model_inputs(batch), **noise)
         sums = trainer.objective.sums(logps_BT, batch, sequence_sum)
         combine(added_up(sums), counts, trainer.objective.coefficients).backward()
         parts.append(sums_by_source(sums, batch, len(trainer.source_names)))

@@ -25,6 +25,7 @@ DECODER_PLAN = ModelPlan(
     tensor={
         "": "whole_output",
         "model.embed_tokens": "vocab_rows",
+        "model.embedding_noise": "split_tokens",
         "model.layers.*.input_layernorm": "per_token",
         "model.layers.*.self_attn": "gather_tokens",
         "model.layers.*.self_attn.[qkv]_proj": "columns",
@@ -193,6 +194,8 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Where noise of whole rows enters, so that a plan can say how it meets the embeddings.
+        self.embedding_noise = nn.Identity()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, kernels=config.kernels)
 
@@ -202,10 +205,13 @@ class Decoder(nn.Module):
         *,
         rotary: Rotary,
         mask: AttentionMask,
+        embedding_noise_BTD: Tensor | None = None,
         cache: "KVCache | None" = None,
     ) -> Tensor:
         """Return the hidden state of each token (B, T, D), in the dtype of the embedding."""
         x_BTD = self.embed_tokens(tokens_BT)
+        if embedding_noise_BTD is not None:
+            x_BTD = x_BTD + self.embedding_noise(embedding_noise_BTD)
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
             x_BTD = block(x_BTD, rotary=rotary, mask=mask, cache=layer_cache)
@@ -239,6 +245,7 @@ class DecoderLM(nn.Module):
         documents_BT: Tensor | None = None,
         document_offsets: Tensor | None = None,
         labels_BT: Tensor | None = None,
+        embedding_noise_BTD: Tensor | None = None,
         cache: "KVCache | None" = None,
     ) -> Tensor:
         """Return logits (B, T, V), or with labels their fp32 log-probabilities (B, T).
@@ -247,13 +254,20 @@ class DecoderLM(nn.Module):
         each row is one document with positions 0 to T-1, with or without padding after it.
         Backends that attend document by document also need `document_offsets`: where each begins in
         the joined rows, then B x T, int32; a row's padding is a document, and some may be empty.
-        A label of -100 scores 0. With a cache, keys and values of earlier calls are seen too.
+        A label of -100 scores 0. `embedding_noise_BTD`, of the embedding's dtype, is added to the
+        embeddings. With a cache, keys and values of earlier calls are seen too.
         """
         keys = None if cache is None else cache.extend(positions_BT, documents_BT)
         mask = self.masks(
             positions_BT, documents_BT=documents_BT, document_offsets=document_offsets, keys=keys
         )
-        x_BTD = self.model(tokens_BT, rotary=self.rotary(positions_BT), mask=mask, cache=cache)
+        x_BTD = self.model(
+            tokens_BT,
+            rotary=self.rotary(positions_BT),
+            mask=mask,
+            embedding_noise_BTD=embedding_noise_BTD,
+            cache=cache,
+        )
         return self.lm_head(x_BTD, labels_BT=labels_BT)
 
 

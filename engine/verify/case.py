@@ -48,6 +48,7 @@ class Case:
     bias: bool = False
     chunks: bool = False
     offload: bool = False
+    neftune: bool = False  # noise on the embeddings
     bfloat16: bool = False
 
     @property
@@ -84,7 +85,7 @@ WORDS: Mapping[str, tuple[str, object]] = {
     **{name: ("kernels", name) for name in KERNELS[1:]},
     "unpacked": ("packed", False),
     **{f"reshard-{name}": ("reshard", name) for name in RESHARD[1:]},
-    **{name: (name, True) for name in ("tied", "bias", "chunks", "offload", "bfloat16")},
+    **{name: (name, True) for name in ("tied", "bias", "chunks", "offload", "neftune", "bfloat16")},
 }
 """Words of the text form that stand alone -> field and value."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.data.batch import document_offsets
+from engine.neftune import EmbeddingNoise
 from engine.verify.case import Case
 from engine.verify.subject import TINY, Subject
 from models.decoder import DecoderConfig
@@ -33,6 +34,7 @@ BF16_ARITHMETIC = 0.1  # eight bits of mantissa through three blocks
 BF16_ON_GPUS = 6e-2  # wider tensors; 2.8e-2 is the worst seen
 ZERO_GRADIENT_FLOOR = 1e-6  # below this a gradient counts as zero in theory
 IGNORED_LABEL = -100
+NOISE_ALPHA = 5.0
 SEED = 7
 
 
@@ -117,7 +119,7 @@ def start_values(model: nn.Module, config: DecoderConfig) -> Callable[[str, tupl
 
 def reference_case(case: Case) -> Case:
     """Return the single plain process that computes the same thing."""
-    kept = ("tied", "vocab", "bias", "packed")
+    kept = ("tied", "vocab", "bias", "packed", "neftune")
     return Case(**{name: getattr(case, name) for name in kept})
 
 
@@ -131,7 +133,8 @@ def reference(
         model = subject.family.build(config)
     fill(model, start_values(model, config))
     rows = {name: value.to(device_type) for name, value in batch(case, subject).items()}
-    rows = with_offsets(rows, rows)
+    alone = ParallelDims.of(ParallelConfig(), 1)
+    rows = with_offsets({**rows, **noise(rows, alone, case, subject)}, rows)
     loss = -forward(model, rows, case).sum() / (rows["labels_BT"] != IGNORED_LABEL).sum()
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -213,11 +216,31 @@ def local_rows(rows: dict[str, Tensor], dims: ParallelDims, case: Case) -> dict[
     return split_tokens(mine, dims)
 
 
+def noise(
+    rows: dict[str, Tensor], dims: ParallelDims, case: Case, subject: Subject
+) -> dict[str, Tensor]:
+    """Return what a case adds to the embeddings of this rank's tokens, as an input of the model."""
+    if not case.neftune:
+        return {}
+    draw = EmbeddingNoise(
+        alpha=NOISE_ALPHA,
+        seed=SEED,
+        width=subject.config.hidden_size,
+        dtype=torch.bfloat16 if case.bfloat16 else torch.float32,
+    )
+    rank, degree = (0, 1) if dims.world_size == 1 else (dims.batch_rank, dims.batch_degree)
+    whole = {"documents_BT": rows["documents_BT"]}
+    whole["rows_B"] = torch.arange(subject.num_rows, device=rows["documents_BT"].device)
+    mine = {k: v.chunk(degree)[rank] for k, v in whole.items()}
+    offsets = document_offsets(mine["documents_BT"])
+    return {"embedding_noise_BTD": draw(**mine, document_offsets=offsets, dims=dims)}
+
+
 def train(model: nn.Module, dims: ParallelDims, case: Case, subject: Subject = TINY) -> float:
     """Run forward and backward over this rank's rows; return the global loss."""
     rows = {k: v.to(dims.device_type) for k, v in batch(case, subject).items()}
     count = (rows["labels_BT"] != IGNORED_LABEL).sum()
-    mine = local_rows(rows, dims, case)
+    mine = {**local_rows(rows, dims, case), **noise(rows, dims, case, subject)}
     total = torch.zeros((), device=dims.device_type)
     for index in range(case.accumulate):
         part = {k: v.chunk(case.accumulate)[index].contiguous() for k, v in mine.items()}

@@ -24,6 +24,7 @@ SWITCHES: Choices = {
     "chunks": (False, True),
     "vocab": (DEFAULTS["vocab"], 61),
     "bias": (False, True),
+    "neftune": (False, True),
 }
 """What an eager fp32 plan chooses from; 61 is a vocabulary that no degree divides."""
 

@@ -8,7 +8,7 @@ from engine.model import ModelConfig
 from engine.rules import Facts, missing_extras, usable_gpus
 from engine.step import TrainingConfig
 from engine.verify.case import Case
-from engine.verify.parity import checkpoint_config, compile_config, parallel_config
+from engine.verify.parity import NOISE_ALPHA, checkpoint_config, compile_config, parallel_config
 from engine.verify.subject import Subject
 from parallelisms.apply import check
 from parallelisms.mesh import ParallelDims
@@ -76,6 +76,7 @@ def job_config(case: Case, subject: Subject) -> JobConfig:
             local_batch_size=max(rows, 1),
             enable_cpu_offload=case.offload,
             mixed_precision_param="bfloat16" if case.bfloat16 else "float32",
+            neftune_noise_alpha=NOISE_ALPHA if case.neftune else 0.0,
         ),
         parallelism=parallel_config(case),
         activation_checkpoint=checkpoint_config(case.checkpointing),

@@ -104,6 +104,7 @@ TRAIN = {
         training__max_norm=0.05,
         training__on_nonfinite="skip",
     ),
+    **rows(f"{BUILD}_embedding_noise", training__neftune_noise_alpha=5.0),
     **rows(
         LOADER,
         training__dataloader__num_workers=1,

@@ -130,6 +130,7 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
         s.last("fully_shard")["offload_policy"], CPUOffloadPolicy
     ),
     "training.on_nonfinite": lambda s: s.run.trainer.nonfinite.action,
+    "training.neftune_noise_alpha": lambda s: getattr(s.run.trainer.noise, "alpha", 0.0),
     "training.gc_freq": lambda s: 6 // s.each("collect", "generation").count(1),
     "training.gc_debug": lambda s: "gc: step 6 freed" in s.log,
     "training.dataloader.num_workers": lambda s: s.loaders(2)[0]["num_workers"],

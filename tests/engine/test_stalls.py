@@ -200,7 +200,7 @@ def run_on_documents(folder: Path, *options: str) -> list[dict[str, Any]]:
 
 def test_a_compiled_run_on_the_cpu_writes_its_compilations(tmp_path: Path):
     options = ("--compile.enable", "--compile.backend=aot_eager", "--training.steps=6")
-    rows = run_on_documents(tmp_path, *options)
+    rows = run_on_documents(tmp_path, *options, "--training.neftune_noise_alpha=5")
     assert rows[0]["compilations"] >= 2, "a block and the loss"
     assert [row["compilations"] for row in rows[1:]] == [0] * 5, "only the packing changes"
     assert {row["host_syncs"] for row in rows} == {None}
@@ -248,8 +248,11 @@ def test_real_syncs_are_counted_forward_and_backward(recwarn):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     "options",
-    [("--model.attention=sdpa",), ("--model.attention=flex", "--compile.enable")],
-    ids=["eager", "compiled"],
+    [
+        ("--model.attention=sdpa", "--training.neftune_noise_alpha=5"),
+        ("--model.attention=flex", "--compile.enable"),
+    ],
+    ids=["eager, with noise", "compiled"],
 )
 def test_a_step_on_a_gpu_has_one_host_sync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]

@@ -385,6 +385,8 @@ def test_a_step_has_a_row_for_every_rank() -> None:
         ({"global_batch_size": 0}, r"training\.global_batch_size = 0"),
         ({"max_norm": 0.0}, r"training\.max_norm = 0\.0"),
         ({"max_norm": math.nan}, r"training\.max_norm = nan"),
+        ({"neftune_noise_alpha": -5.0}, r"training\.neftune_noise_alpha = -5\.0"),
+        ({"neftune_noise_alpha": math.nan}, r"training\.neftune_noise_alpha = nan"),
     ],
 )
 def test_training_settings_that_cannot_work_are_refused_by_name(

@@ -9,12 +9,13 @@ from torch import Tensor
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row
 from engine.data.loader import DataloaderConfig, Dealing, train_batches, validation_batches
 from engine.health import NonFinitePolicy
+from engine.neftune import EmbeddingNoise
 from engine.objectives.pretrain import build as build_pretrain
 from engine.optim import OptimizerConfig, build_optimizer
 from engine.step import Trainer
 from engine.verify.parity import parallel_config
 from parallelisms import ParallelDims
-from tests.parity.cases import Case, build_case
+from tests.parity.cases import NOISE_ALPHA, Case, build_case, model_config
 
 ROWS_PER_STEP = 8
 SEQ_LEN = 16
@@ -72,7 +73,10 @@ def make_trainer(
     optimizer: OptimizerConfig = SMOOTH,
     rows: RaggedRows | None = None,
 ) -> Trainer:
-    """Build the trainer of one rank; a step has the same rows on any layout."""
+    """Build the trainer of one rank; a step has the same rows and noise on any layout."""
+    noise = EmbeddingNoise(
+        alpha=NOISE_ALPHA, seed=0, width=model_config(case).hidden_size, dtype=torch.float32
+    )
     model, dims = build_case(case, frozen=frozen)
     rows = rows or RaggedRows()
     dealing = Dealing.of(
@@ -102,6 +106,7 @@ def make_trainer(
         microbatches=dealing.microbatches,
         max_norm=0.5,
         source_names=rows.source_names,
+        noise=noise if case.neftune else None,
     )
 
 

@@ -7,6 +7,7 @@ from engine.verify.case import Case
 from engine.verify.parity import (
     BF16_ARITHMETIC,
     FP32_REORDERED_SUM,
+    NOISE_ALPHA,
     Comparison,
     batch,
     build_case,
@@ -26,6 +27,7 @@ __all__ = [
     "BF16_ARITHMETIC",
     "FP32_REORDERED_SUM",
     "LAYOUTS",
+    "NOISE_ALPHA",
     "Case",
     "Comparison",
     "batch",

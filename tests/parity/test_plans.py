@@ -84,7 +84,7 @@ AOT_EAGER = [
     Case(replicate=2, backend="aot_eager", checkpointing="op", accumulate=2),
     Case(tp=2, backend="aot_eager", vocab=61, chunks=True),
     Case(tp=2, sequence=False, backend="aot_eager", checkpointing="full", bias=True, tied=True),
-    Case(tp=2, backend="aot_eager", checkpointing="budget", loss_parallel=False),
+    Case(tp=2, backend="aot_eager", checkpointing="budget", loss_parallel=False, neftune=True),
     Case(shard=2, backend="aot_eager", checkpointing="budget", packed=False),
 ]
 """FSDP with tensor parallelism is compiled in tests/parallelisms/test_traps.py."""
@@ -98,7 +98,7 @@ def test_compiled_blocks_give_the_same_gradients(ranks: RankPool, case: Case) ->
 BF16 = [
     Case(bfloat16=True),
     Case(shard=2, bfloat16=True),
-    Case(tp=2, bfloat16=True),
+    Case(tp=2, bfloat16=True, neftune=True),
     Case(replicate=2, tp=2, bfloat16=True, checkpointing="full", chunks=True),
 ]
 
