@@ -1,3 +1,5 @@
+import errno
+import gzip
 import json
 import os
 import signal
@@ -6,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from engine.data import readers, token_file
+from engine.data import readers, token_file, token_writer
 from engine.data.formats import load_format, source_digest
 from engine.data.readers import JsonLines
 from engine.data.token_file import Recipe, TokenFile, open_token_file
@@ -22,8 +25,7 @@ OpenFile = Callable[..., TokenFile]
 @pytest.fixture
 def open_file(tokenizer: Tokenizer, jsonl: Path, tmp_path: Path) -> OpenFile:
     def open_file(
-        path: Path = jsonl,
-        *,
+        *paths: Path,
         num_processes: int = 1,
         tokenizer: Tokenizer = tokenizer,
         root: Path = tmp_path,
@@ -32,8 +34,8 @@ def open_file(tokenizer: Tokenizer, jsonl: Path, tmp_path: Path) -> OpenFile:
         defaults = {"format": "text", "text_field": "text", "on_bad_record": "raise"}
         marks = {"add_bos": True, "add_eos": True}
         return open_token_file(
-            JsonLines([path]),
-            name=path.name,
+            JsonLines(paths or [jsonl]),
+            name=(paths or [jsonl])[0].name,
             tokenizer=tokenizer,
             recipe=Recipe(**{**defaults, **marks, **recipe}),  # pyright: ignore
             root=root,
@@ -84,10 +86,49 @@ def test_any_number_of_processes_writes_the_same_file(
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_a_piece_larger_than_memory_is_written_in_parts(
+    open_file: OpenFile,
+    jsonl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_processes: int,
+):
+    whole = open_file(root=tmp_path / "whole")
+    lines = jsonl.read_text().splitlines()
+    (tmp_path / "packed").mkdir()
+    for start in (0, 100, 200):
+        packed = gzip.compress("\n".join([*lines[start : start + 100], "{"]).encode())
+        (tmp_path / "packed" / f"{start:03}.jsonl.gz").write_bytes(packed)
+    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 2000)
+    largest: list[int] = []
+    append = token_writer._append_mask
+
+    def append_mask(path: Path, encoded: token_writer._Encoded, num_tokens: int) -> None:
+        largest.append(encoded.lengths.size)
+        append(path, encoded, num_tokens)
+
+    monkeypatch.setattr(token_writer, "_append_mask", append_mask)
+    files = sorted((tmp_path / "packed").iterdir())
+    file = open_file(*files, num_processes=num_processes, on_bad_record="skip")
+    assert file.digest == whole.digest
+    assert len(largest) > 30 and max(largest) < 30, "a few documents at a time"
+    assert file.facts.num_bad == 3
+    assert [text.partition(":")[0] for text in file.facts.bad_examples] == [
+        f"{path}, line 101" for path in files
+    ]
+    assert file.folder is not None
+    left = {path.name for path in file.folder.iterdir()}
+    assert left == {"tokens.bin", "offsets.npy", "facts.json", "complete.json"}
+
+
 def test_a_second_start_tokenises_nothing(open_file: OpenFile, monkeypatch: pytest.MonkeyPatch):
     first = open_file()
-    monkeypatch.setattr(token_file, "_write", None)
-    assert open_file().digest == first.digest
+    assert first.is_new and first.facts.seconds > 0
+    monkeypatch.setattr(token_file, "write_tokens", None)
+    again = open_file()
+    assert again.digest == first.digest
+    assert not again.is_new and again.facts == first.facts
 
 
 def test_one_byte_of_data_or_tokenizer_and_each_setting_changes_the_key(
@@ -155,6 +196,62 @@ def test_a_missing_or_wrong_field_is_named_with_file_and_line_or_skipped_and_cou
     assert len(file.lengths()) == 2
     open_file(path, on_bad_record="skip")
     assert caplog.text.count("line 3: field 'text' holds int, not text") == 2, "said at each start"
+
+
+def test_data_that_changes_while_it_is_tokenised_is_refused_and_not_kept(
+    open_file: OpenFile, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "growing.jsonl"
+    path.write_text(jsonl.read_text())
+    write = token_writer._append_mask
+
+    def write_while_the_file_grows(*args: Any) -> None:
+        write(*args)
+        path.open("a").write('{"text": "one more"}\n')
+
+    monkeypatch.setattr(token_writer, "_append_mask", write_while_the_file_grows)
+    with pytest.raises(ValueError, match=r"growing\.jsonl was changed while it was tokenised"):
+        open_file(path)
+    assert not [found for found in (tmp_path / "tokens").iterdir() if found.is_dir()]
+    monkeypatch.setattr(token_writer, "_append_mask", write)
+    assert len(open_file(path).lengths()) == 301
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_full_disk_while_tokenising_is_named_with_the_folder_and_leaves_nothing(
+    open_file: OpenFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_processes: int
+):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 8000)
+    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 2000)
+
+    def no_space(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    full = ("_append_mask", no_space) if num_processes == 1 else ("_encode_in_child", no_space_at)
+    monkeypatch.setattr(token_writer, *full)
+    message = (
+        rf"data\.cache_folder: {tmp_path}/tokens cannot be written \(No space left.*free space"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_file(num_processes=num_processes)
+    assert not [found for found in (tmp_path / "tokens").iterdir() if found.is_dir()]
+
+
+def no_space_at(_piece: readers.Piece, file: Path) -> None:
+    file.write_text("half a piece")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_data_that_cannot_be_read_is_named_and_not_the_cache_folder(
+    open_file: OpenFile, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(path: Path) -> object:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(readers, "open_bytes", refused)
+    with pytest.raises(ValueError, match=rf"^{jsonl} cannot be read \(Permission denied\)"):
+        open_file()
+    assert not [found for found in (tmp_path / "tokens").iterdir() if found.is_dir()]
 
 
 def test_an_unknown_format_lists_those_present():
@@ -288,12 +385,12 @@ def test_a_tokenising_process_that_dies_is_an_error_and_not_a_hang(
     open_file: OpenFile, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(readers, "PIECE_BYTES", 4000)
-    monkeypatch.setattr(token_file, "_encode_in_child", die)
+    monkeypatch.setattr(token_writer, "_encode_in_child", die)
     with pytest.raises(ValueError, match=r"data\.num_processes = 2: a tokenising process died"):
         open_file(num_processes=2)
 
 
-def die(_piece: readers.Piece) -> None:
+def die(_piece: readers.Piece, _file: Path) -> None:
     os._exit(9)
 
 
