@@ -82,6 +82,16 @@ class TokenRows:
         labels[: plan.num_counted_labels] = IGNORED_LABEL
         return _row(tokens, labels, positions, documents)
 
+    @property
+    def file(self) -> TokenFile:
+        """The tokens, in the order of the source."""
+        return self._file
+
+    @property
+    def packing(self) -> Packing:
+        """Which of them a row holds."""
+        return self._packing
+
     def _labels(self, here: slice) -> npt.NDArray[np.int64]:
         """Return the tokens of a part of the file, those that are not trained masked."""
         labels = self._file.tokens[here].astype(np.int64)
