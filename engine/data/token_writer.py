@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -49,7 +49,7 @@ class Facts:
     num_bad: int = 0
     """Records that could not be used, left out under `data.on_bad_record` "skip"."""
 
-    bad_examples: tuple[str, ...] = ()
+    bad_examples: Sequence[str] = ()
     """The first of those: where they stand, and why they are bad."""
 
     seconds: float = 0.0
@@ -90,8 +90,7 @@ class Worker:
         return self.reader.pieces(numbered=bool(self._recipe.system_prompts))
 
     def encode(self, piece: Piece) -> Iterator[_Encoded]:
-        """Yield the documents of a piece, which may be larger than memory; whoever asks for the
-        next ones has done with those before."""
+        """Yield the documents of a piece in parts, so that it may be larger than memory."""
         bad = BadRecords(self._recipe.on_bad_record)
         try:
             for records in _batches(self.reader.read(piece, bad)):
@@ -220,7 +219,7 @@ def write_tokens(target: Path, worker: Worker, num_processes: int) -> None:
         num_empty=num_empty,
         num_untrained=num_untrained,
         num_bad=num_bad,
-        bad_examples=tuple(f"{place}: {reason}" for place, reason in examples),
+        bad_examples=[f"{place}: {reason}" for place, reason in examples],
         seconds=round(time.perf_counter() - started, 3),
         num_processes=num_processes,
     )

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +16,12 @@ from engine.cli import run_command
 from engine.data import token_file
 from engine.data.batch import IGNORED_LABEL
 from engine.data.report import label
-from engine.data.rows import RowSource
+from engine.data.rows import RowSource, TokenRows
 from engine.data.stdlib_chats import stdlib_chats
 from engine.data.tokenizer import Tokenizer
 from engine.loop import fit
 from scripts import inspect_data, prepare_data
+from scripts.bench import first_step
 from tests.engine.tiny_run import packed_documents, tiny_config, tiny_folder
 
 RowsOf = Callable[..., RowSource]
@@ -115,6 +118,58 @@ def test_the_report_equals_a_recount(
     assert float(cost[0]) >= 0 and cost[1] == "1" and int(cost[2]) > 0
 
 
+OWN_FORMAT = """
+from engine.data.formats import Document, marks
+
+def encode(records, *, tokenizer, recipe, bad):
+    bos, eos = marks(tokenizer, recipe)
+    found = []
+    for place, record in records:
+        if "question" not in record:
+            bad.report(place, "no question")
+            continue
+        found.append(Document(bos + tokenizer.encode(record["question"][::-1]) + eos))
+    return found
+"""
+
+
+def test_a_format_of_ones_own_is_one_file_and_a_name_from_the_report_to_the_rows(
+    rows_of: RowsOf,
+    tmp_path: Path,
+    cache_folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "backwards.py").write_text(OWN_FORMAT)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"question": "Is it so?"}\n{"answer": "No"}\n{"question": "Why not?"}\n')
+    settings = {"format": "mine.backwards", "on_bad_record": "skip"}
+    words = [f"--data.{key}={value}" for key, value in settings.items()]
+    words += ["--training.dataset=jsonl", f"--training.dataset_path={path}"]
+    assert run_command(inspect_data.main, [*words, f"--data.cache_folder={cache_folder}"]) == 0
+    shown = capsys.readouterr().out
+    assert "?os ti sI" in shown and "asked.jsonl, line 2: no question" in shown
+    rows = rows_of("jsonl", path, seq_len=64, **settings)
+    num_tokens = int((rows.row(0).documents_T > 0).sum())
+    assert cells(shown, f"jsonl {path} train")[0][:2] == ["2", str(num_tokens)]
+
+
+def test_a_missing_file_and_an_unknown_role_are_named(
+    tokenizer: Tokenizer, tmp_path: Path, cache_folder: str, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "chats.jsonl"
+    words = ["--training.dataset=jsonl", f"--training.dataset_path={path}", "--data.format=chat"]
+    words += ["--data.chat_template=chatml", f"--data.cache_folder={cache_folder}"]
+    assert run_command(prepare_data.main, words) == 2
+    assert "chats.jsonl' does not exist; give a file" in capsys.readouterr().err
+    path.write_text(json.dumps({"messages": [{"role": "wizard", "content": "Hello"}]}))
+    assert run_command(prepare_data.main, words) == 2
+    error = capsys.readouterr().err
+    assert f"{path}, line 1: " in error and "wizard" in error
+
+
 def test_random_tokens_need_no_preparation(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tiny_folder(tmp_path / "hf")
     words = ["--training.dataset=dummy", f"--model.hf_assets_path={tmp_path / 'hf'}"]
@@ -180,3 +235,26 @@ def test_a_terminal_shows_trained_tokens_in_green_unless_told_otherwise(
     assert ("«␛[2J So." in shown) == bool(no_color)
     assert bool(green) != bool(no_color)
     assert "\x1b[2J" not in shown, "text does not steer the terminal"
+
+
+def test_the_first_row_of_a_million_documents_costs_little_time_and_memory(
+    rows_of: RowsOf, tmp_path: Path
+):
+    """A twentieth of what `scripts/bench/first_step.py` allows 20 million documents."""
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"text": "stands for a million documents"}')
+    settings = {"seq_len": first_step.SEQ_LEN, "cache_folder": str(tmp_path / "cache")}
+    one = rows_of("jsonl", path, **settings)
+    assert isinstance(one, TokenRows) and one.file.folder is not None
+    num_tokens = first_step.replace_tokens(one.file.folder, 1_000_000, one.vocab_size)
+    for packing in first_step.PACKINGS:
+        tracemalloc.start()
+        started = time.process_time()
+        rows = rows_of("jsonl", path, packing=packing, **settings)
+        row = rows.row(7 * rows.rows_per_epoch + 5)
+        seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert rows.rows_per_epoch > 700_000 and int(row.documents_T.max()) > 0
+        assert isinstance(rows, TokenRows) and len(rows.file.tokens) == num_tokens
+        assert seconds < 1e6 / 20e6 * first_step.SECONDS_ALLOWED, packing
+        assert peak < 1e6 / 20e6 * first_step.GROWTH_ALLOWED_GB * 1e9, packing
