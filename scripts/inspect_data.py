@@ -21,11 +21,11 @@ from rich.text import Text
 from engine.build import open_tokenizer
 from engine.cli import load_config, run_command
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Row
-from engine.data.report import histogram, report_of, tables
+from engine.data.report import histogram, label, report_console, report_of, tables
 from engine.data.rows import TokenRows
 from engine.data.tokenizer import Tokenizer
 from engine.logging import start_logging
-from scripts.prepare_data import open_sources, report_console, token_rows
+from engine.preparation import open_sources, token_rows
 
 TRAINED, UNTRAINED = "green", "dim"
 MARKS = ("«", "»")
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     for rows in opened:
         for number in range(min(ours.rows, rows.rows_per_epoch)):
             row = rows.row(number)
-            console.rule(f"{rows.source_names[row.source]}: row {number}", align="left")
+            console.rule(f"{label(rows.source_names[row.source])}: row {number}", align="left")
             print_row(console, row, tokenizer)
     sources = token_rows(opened)
     for rows in sources:
@@ -109,7 +109,7 @@ def passages(
 
 def print_lengths(console: Console, rows: TokenRows) -> None:
     """Print how many documents there are of which length."""
-    console.rule(f"{rows.source_names[0]}: lengths of documents", align="left")
+    console.rule(f"{label(rows.source_names[0])}: lengths of documents", align="left")
     console.print(histogram(rows.file.lengths()))
 
 
@@ -121,7 +121,7 @@ def print_bad_records(console: Console, rows: TokenRows) -> None:
     shown = len(facts.bad_examples)
     rest = f", of which the first {shown}" if facts.num_bad > shown else ""
     console.rule(
-        f"{rows.source_names[0]}: {facts.num_bad:,} bad records left out{rest}", align="left"
+        f"{label(rows.source_names[0])}: {facts.num_bad:,} bad records left out{rest}", align="left"
     )
     for example in facts.bad_examples:
         console.print(Text(example), soft_wrap=True)

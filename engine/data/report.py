@@ -1,12 +1,13 @@
 """Figures of a source: its documents, the rows they fill, what was left out, what it took."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,7 @@ from engine.data.rows import TokenRows
 
 BAR_WIDTH = 40
 LABEL_WIDTH = 34
+PAGE_WIDTH = 110
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +136,12 @@ def histogram(lengths: npt.NDArray[np.int64]) -> Table:
         first = (1 << (kind - 1)) + 1 if kind else 1
         table.add_row(f"{first:,} - {1 << kind:,}", *_whole(counts[kind]), bar)
     return table
+
+
+def report_console() -> Console:
+    """Return standard output for tables: as wide as the terminal, or as a page of a log."""
+    width = None if sys.stdout.isatty() else PAGE_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False)
 
 
 def _add_totals(reports: Sequence[SourceReport], held: Table, packed: Table) -> None:

@@ -29,8 +29,8 @@ from engine.build import open_tokenizer
 from engine.cli import load_config
 from engine.data.cache import MANIFEST
 from engine.logging import machine_report
+from engine.preparation import open_sources, token_rows
 from scripts.bench.__main__ import ROOT
-from scripts.prepare_data import open_sources, token_rows
 
 PACKINGS = ("concat", "best_fit", "none")
 FEW_DOCUMENTS = 2000
