@@ -14,7 +14,6 @@ from engine.data.readers import BadRecords, Piece, Place, Record, require_column
 
 ROWS_AT_ONCE = 1000
 ARROW_FILE_MAGIC = b"ARROW1"
-BATCHES_PER_PIECE = 8
 PIECES_PER_FILE = 64
 
 
@@ -87,13 +86,14 @@ class ArrowFiles:
     def pieces(self, *, numbered: bool = False) -> list[Piece]:
         """Cut files into ranges of record batches; counting rows reads the heads of all batches.
 
-        To reach a batch of a stream all before it are passed over, so a file has few pieces.
+        To reach a batch of a stream all before it are passed over, so a file is cut into
+        `PIECES_PER_FILE` at most.
         """
         pieces, first_record = [], 0
         for number, file in enumerate(self._files):
             sizes = [batch.num_rows for batch in _batches(file, 0, None)]
-            step = max(BATCHES_PER_PIECE, -(-len(sizes) // PIECES_PER_FILE))
-            for start in range(0, len(sizes), step):
+            step = -(-len(sizes) // PIECES_PER_FILE)
+            for start in range(0, len(sizes), max(step, 1)):
                 stop = min(start + step, len(sizes))
                 pieces.append(Piece(number, start, stop, first_record))
                 first_record += sum(sizes[start:stop])

@@ -169,6 +169,7 @@ def figures(usage: Usage, small: Usage, **facts: object) -> dict[str, Any]:
         **facts,
         "seconds_to_end_of_step_1": round(usage.seconds, 1),
         "cpu_seconds_of_a_rank": round(usage.cpu_seconds, 1),
+        "load_average": round(os.getloadavg()[0], 1),
         "private_memory_gb": round(usage.private_bytes / 1e9, 3),
         "private_memory_growth_gb": round(growth, 3),
         "mapped_file_memory_gb": round(usage.file_bytes / 1e9, 3),

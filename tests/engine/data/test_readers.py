@@ -196,7 +196,7 @@ def write_arrow(path: Path, kind: str, table: pa.Table, rows: int, compression: 
 def test_arrow_files_and_streams_give_their_text_column_over_record_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, compression: str | None
 ):
-    monkeypatch.setattr(tables, "BATCHES_PER_PIECE", 2)
+    monkeypatch.setattr(tables, "PIECES_PER_FILE", 4)
     monkeypatch.setattr(tables, "ROWS_AT_ONCE", 3)
     for name, texts in (("a", TEXTS[:30]), ("b", TEXTS[30:])):
         table = pa.table({"n": list(range(len(texts))), "text": texts})
