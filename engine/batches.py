@@ -1,18 +1,18 @@
-"""From a configuration and the counters of a run to one rank's training microbatches.
+"""From a configuration and the counters of a run to its rows and one rank's microbatches.
 
 What a finished step adds to the counters stands here too: it is where the next part of a run,
 on other ranks and workers, goes on.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 
 from engine.config import JobConfig
 from engine.data.batch import Batch
 from engine.data.loader import train_batches
 from engine.data.mixture import mix
-from engine.data.rows import RowSource
+from engine.data.rows import RowSource, TokenRows
 from engine.data.sources import open_rows, stream_rows
 from engine.data.stdlib import Split
 from engine.data.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def open_training_rows(
     Their number matters to streams and to scheduled weights alone, and only while
     `training.global_batch_size` is -1.
     """
-    training, sources = config.training, config.data.sources
+    training = config.training
     rows_per_step = training.rows_per_step(batch_degree)
     if config.data.streaming:
         return stream_rows(
@@ -67,12 +67,12 @@ def open_training_rows(
             config=config.data,
             rows_per_step=rows_per_step,
         )
-    opened = rows_opener(config, tokenizer, "train", training.seq_len)
-    if not sources:
-        return opened(training.dataset, training.dataset_path)
+    opened = open_training_sources(config, tokenizer)
+    if not config.data.sources:
+        return opened[0]
     mixture = mix(
-        [opened(source.dataset, source.path, source=source) for source in sources],
-        sources,
+        opened,
+        config.data.sources,
         rows_per_step=rows_per_step,
         seed=config.debug.effective_seed,
     )
@@ -80,10 +80,41 @@ def open_training_rows(
     return mixture
 
 
-def rows_opener(
+def open_training_sources(config: JobConfig, tokenizer: Tokenizer) -> list[RowSource]:
+    """Return the rows of each source of the training text; tokenise what was not yet."""
+    training = config.training
+    opened = _opener(config, tokenizer, "train", training.seq_len)
+    if config.data.sources:
+        return [opened(one.dataset, one.path, source=one) for one in config.data.sources]
+    return [opened(training.dataset, training.dataset_path)]
+
+
+def open_validation_sources(config: JobConfig, tokenizer: Tokenizer) -> list[RowSource]:
+    """Return the rows of each held-out source; none where the run does not validate."""
+    validation = config.validation
+    if not (validation.enable or validation.only):
+        return []
+    opened = _opener(config, tokenizer, "validation", validation.seq_len)
+    if validation.sources:
+        return [opened(one.dataset, one.path, source=one) for one in validation.sources]
+    return [opened(validation.dataset, validation.dataset_path)]
+
+
+def open_sources(config: JobConfig, tokenizer: Tokenizer) -> list[RowSource]:
+    """Return the rows of each source that a run reads, training's first; streams are left out."""
+    reads_training = not (config.validation.only or config.data.streaming)
+    training = open_training_sources(config, tokenizer) if reads_training else []
+    return [*training, *open_validation_sources(config, tokenizer)]
+
+
+def token_rows(opened: Sequence[RowSource]) -> list[TokenRows]:
+    """Return those that hold text; random tokens have nothing to report."""
+    return [rows for rows in opened if isinstance(rows, TokenRows)]
+
+
+def _opener(
     config: JobConfig, tokenizer: Tokenizer, split: Split, seq_len: int
 ) -> Callable[..., RowSource]:
-    """Return `open_rows` with all but what names the data."""
     return partial(
         open_rows,
         split=split,

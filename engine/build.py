@@ -15,7 +15,7 @@ from engine.batches import (
     log_dealing,
     open_training_batches,
     open_training_rows,
-    rows_opener,
+    open_validation_sources,
 )
 from engine.checkpoint import CheckpointConfig, Checkpointer, TrainingState
 from engine.checkpoint_storage import RankGroup
@@ -176,14 +176,12 @@ def precision_of(config: JobConfig) -> PrecisionConfig:
 def _validation_batches(
     config: JobConfig, tokenizer: Tokenizer, dims: ParallelDims
 ) -> Callable[[], Iterable[Batch]] | None:
-    validation, sources = config.validation, config.validation.sources
-    if not (validation.enable or validation.only):
+    validation = config.validation
+    parts = open_validation_sources(config, tokenizer)
+    if not parts:
         return None
-    opened = rows_opener(config, tokenizer, "validation", validation.seq_len)
-    if sources:
-        parts = numbered([opened(source.dataset, source.path, source=source) for source in sources])
-    else:
-        parts = [opened(validation.dataset, validation.dataset_path)]
+    if validation.sources:
+        parts = numbered(parts)
     return lambda: chain.from_iterable(
         validation_batches(
             rows,

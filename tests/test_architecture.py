@@ -23,7 +23,9 @@ MAY_IMPORT = {  # the longest matching prefix of the importing module wins
     "engine.objectives": ("engine.objectives", "engine.data.batch"),
     "engine": ("engine", "models", "parallelisms"),
     "train": ("engine",),
-    "scripts": ("engine", "models", "parallelisms", "scripts"),
+    # A script runs as a file, where `scripts` cannot be imported; benchmarks run as modules.
+    "scripts": ("engine", "models", "parallelisms"),
+    "scripts.bench": ("engine", "models", "parallelisms", "scripts"),
 }
 STANDARD_LIBRARY_ONLY = ("models.plan", "models.registry")
 OPTIONAL_PACKAGES = ("flash_attn", "liger_kernel", "torchao", "peft", "wandb", "lm_eval", "vllm")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-DATASETS_FROM_FILES = frozenset({"text", "json", "jsonl", "parquet"})
+DATASETS_FROM_FILES = frozenset({"text", "json", "jsonl", "parquet", "arrow"})
 BUILTIN_DATASETS = frozenset({"python_stdlib", "python_stdlib_chat", "dummy"})
 
 CHAT_KEYS = {

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from engine.data.config import SourceConfig
-from engine.data.readers import JsonLines, Parquet, Reader, TextFiles, find_files
+from engine.data.readers import JsonLines, Reader, TextFiles, find_files
 from engine.data.stdlib import Split, stdlib_files
 from engine.data.stdlib_chats import stdlib_chats
 
@@ -13,11 +13,14 @@ log = logging.getLogger("tessera")
 BUILTIN_DATASET = "python_stdlib"
 BUILTIN_ALIASES = ("c4_test", "c4_validation")
 BUILTIN_CHATS = "python_stdlib_chat"
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".txt.gz", ".md.gz", ".py.gz")
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 FILE_SUFFIXES = {
-    "text": (".txt", ".md", ".py"),
-    "json": (".jsonl", ".json"),
-    "jsonl": (".jsonl", ".json"),
+    "text": TEXT_SUFFIXES,
+    "json": JSON_SUFFIXES,
+    "jsonl": JSON_SUFFIXES,
     "parquet": (".parquet",),
+    "arrow": (".arrow",),
 }
 
 
@@ -36,10 +39,10 @@ def open_reader(
 
     `dataset` is `python_stdlib` (the built-in corpus, split by a hash of each file's path),
     `python_stdlib_chat` (chats about it, written below the cache folder `root`), one of `text`,
-    `jsonl` (or `json`) and `parquet`, whose `path` is a file, a folder or a pattern, or else a
-    name or folder for the `datasets` package, which `path` overrides. Files serve whole for the
-    split that names them. Of tables `only_text` reads the column `text_field` alone. `source` is
-    the table of the configuration that names the dataset, for messages and its split. With
+    `jsonl` (or `json`), `parquet` and `arrow`, whose `path` is a file, a folder or a pattern, or
+    else a name or folder for the `datasets` package, which `path` overrides. Files serve whole for
+    the split that names them. Of tables `only_text` reads the column `text_field` alone. `source`
+    is the table of the configuration that names the dataset, for messages and its split. With
     `streaming` a dataset of the package is not downloaded first, but read as it is asked for.
     """
     dataset_key, path_key = _keys(split, source)
@@ -63,8 +66,10 @@ def open_reader(
             f"{dataset_key} = {dataset!r} needs {path_key}: a file, a folder or a pattern"
         )
     files = find_files(path, suffixes, path_key)
-    if dataset == "parquet":
-        return Parquet(files, text_field=column)
+    if dataset in ("parquet", "arrow"):
+        from engine.data.tables import ArrowFiles, Parquet  # slow to import
+
+        return (Parquet if dataset == "parquet" else ArrowFiles)(files, text_field=column)
     if dataset == "text":
         return TextFiles(files, text_field=text_field)
     return JsonLines(files)

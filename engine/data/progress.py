@@ -45,8 +45,13 @@ class Progress:
         """Say that one more unit is done; `note` is shown behind the figure."""
         self._done += 1
         if self._live is not None:
-            task = self._live.task_ids[0]
-            self._live.update(task, advance=1, description=f"{self._what} ({note})")
+            self._live.update(self._live.task_ids[0], advance=1)
+        self.say(note)
+
+    def say(self, note: str) -> None:
+        """Show another note, with no further unit done."""
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], description=f"{self._what} ({note})")
         elif time.monotonic() - self._printed > PLAIN_SECONDS:
             self._printed = time.monotonic()
             share = 100 * self._done // max(self._total, 1)

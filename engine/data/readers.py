@@ -1,22 +1,32 @@
-"""Records of text sources on disk, in pieces that processes can read on their own.
+"""Records of text and JSON files, in pieces that processes can read on their own.
 
 Every reader walks its files in a fixed order, so the documents of a source have one order however
-many processes read it. What a record means is up to `formats/`.
+many processes read it. Tables are `tables.py`'s; what a record means is up to `formats/`.
 """
 
 import glob
+import gzip
 import json
+import logging
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import BinaryIO, Literal, NamedTuple, Protocol, cast
 
 from engine.data.cache import digest_of, file_digest
 
+log = logging.getLogger("tessera")
+
 Record = Mapping[str, object]
 PIECE_BYTES = 2 << 20
-NUM_EXAMPLES = 5
+LARGE_ARRAY_BYTES = 256 << 20
+NUM_EXAMPLES = 20
+GZIP_MAGIC = b"\x1f\x8b"
+TO_THE_END = 1 << 62
 
 
 class Piece(NamedTuple):
@@ -26,7 +36,7 @@ class Piece(NamedTuple):
     """Its number among the source's files."""
 
     start: int
-    """First unit: byte, row group, row, or file of text."""
+    """First unit: byte, row group, record batch, row, or file of text."""
 
     stop: int
     """One past the last unit."""
@@ -37,7 +47,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a record stands: a file or table, and a row or the byte where a line begins."""
+    """Where a record stands: a file or table, and a row or the byte where a line begins.
+
+    In a gzip file bytes count what is unpacked."""
 
     name: str
     row: int | None = None
@@ -53,7 +65,7 @@ class Place:
         if self.byte is None:
             return self.name
         lines_before, left = 0, self.byte
-        with open(self.name, "rb") as file:
+        with open_bytes(Path(self.name)) as file:
             while left > 0 and (block := file.read(min(left, PIECE_BYTES))):
                 lines_before += block.count(b"\n")
                 left -= len(block)
@@ -98,8 +110,30 @@ class Reader(Protocol):
         ...
 
 
+def is_gzip(path: Path) -> bool:
+    """Say whether a file is packed by gzip, whatever its name: no text begins with these bytes."""
+    with open(path, "rb") as file:
+        return file.read(2) == GZIP_MAGIC
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file for reading, unpacked if gzip has packed it."""
+    return cast(BinaryIO, gzip.open(path, "rb")) if is_gzip(path) else open(path, "rb")
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """Name the file where what gzip has packed is cut off or damaged."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}: not a readable gzip file ({error}); write it again or remove it"
+        ) from error
+
+
 class TextFiles:
-    """Whole files, each one document in the text field.
+    """Whole files, each one document in the text field; gzip files are unpacked.
 
     Bytes that are not UTF-8 make a bad record, or with `errors` "replace" are marked and kept.
     """
@@ -116,8 +150,8 @@ class TextFiles:
         self._errors = errors
 
     def digest(self, root: Path) -> str:
-        """Return the digest of all files' bytes in order."""
-        return digest_of("text", [file_digest(file, root) for file in self._files])
+        """Return the digest of all files' bytes in order, and of what is done to wrong bytes."""
+        return digest_of("text", self._errors, [file_digest(file, root) for file in self._files])
 
     def pieces(self, *, numbered: bool = False) -> list[Piece]:
         """Cut between files, at about `PIECE_BYTES`; a piece is a range of files."""
@@ -135,33 +169,48 @@ class TextFiles:
             file = self._files[number]
             place = Place(name=str(file), number=number)
             try:
-                yield place, {self._field: file.read_text("utf-8", self._errors)}
+                with (
+                    _naming_damage(file),
+                    TextIOWrapper(open_bytes(file), "utf-8", self._errors) as opened,
+                ):
+                    text = opened.read()
             except UnicodeDecodeError as error:
                 bad.report(place, f"not UTF-8 text ({error.reason} at byte {error.start})")
+            else:
+                yield place, {self._field: text}
 
 
 class JsonLines:
-    """Files of one JSON object a line, empty lines passed over, or of one array of objects."""
+    """Files of one JSON object a line, empty lines passed over, or of one array of objects.
+
+    Files may be packed by gzip. Only `.json` files, or `.json.gz`, hold arrays.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
 
     def digest(self, root: Path) -> str:
-        """Return the digest of all files' bytes in order."""
-        return digest_of("jsonl", [file_digest(file, root) for file in self._files])
+        """Return the digest of all files' bytes in order, and of which are arrays."""
+        return digest_of("jsonl", [(file_digest(f, root), _is_array(f)) for f in self._files])
 
     def pieces(self, *, numbered: bool = False) -> list[Piece]:
         """Cut files into byte ranges; a line belongs to the range that holds its first byte.
 
-        An array is one piece. Numbering reads all files through.
+        An array is one piece, as is a gzip file, which can only be read from its beginning.
+        Numbering reads all files through.
         """
         pieces: list[Piece] = []
         first_record = 0
         for number, file in enumerate(self._files):
             size = file.stat().st_size
-            step = max(size, 1) if _is_array(file) else PIECE_BYTES
-            for start in range(0, size, step):
-                piece = Piece(number, start, start + step, first_record)
+            ranges = [(start, start + PIECE_BYTES) for start in range(0, size, PIECE_BYTES)]
+            if _is_array(file):
+                _warn_of_large_array(file, size)
+                ranges = [(0, TO_THE_END)]
+            elif is_gzip(file):
+                ranges = [(0, TO_THE_END)]
+            for start, stop in ranges:
+                piece = Piece(number, start, stop, first_record)
                 pieces.append(piece)
                 first_record += _count_records(file, piece) if numbered else 0
         return pieces
@@ -169,40 +218,55 @@ class JsonLines:
     def read(self, piece: Piece, bad: BadRecords) -> Iterator[tuple[Place, Record]]:
         """Yield one record a line; a line that is not a JSON object is a bad record."""
         path = self._files[piece.file]
-        if _is_array(path):
-            yield from _read_array(path, piece, bad)
-            return
-        number = piece.first_record - 1
-        with open(path, "rb") as file:
-            if piece.start > 0:
-                file.seek(piece.start - 1)
-                file.readline()
-            while (offset := file.tell()) < piece.stop and (line := file.readline()):
-                number += 1
-                if not line.strip():
-                    continue
-                place = Place(name=str(path), byte=offset, number=number)
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    bad.report(place, f"not valid JSON ({error})")
-                    continue
-                if isinstance(record, dict):
-                    yield place, record
-                else:
-                    bad.report(place, f"a JSON {type(record).__name__} where an object is expected")
+        read = _read_array if _is_array(path) else _read_lines
+        with _naming_damage(path):
+            yield from read(path, piece, bad)
+
+
+def _read_lines(path: Path, piece: Piece, bad: BadRecords) -> Iterator[tuple[Place, Record]]:
+    number = piece.first_record - 1
+    with open_bytes(path) as file:
+        if piece.start > 0:
+            file.seek(piece.start - 1)
+            file.readline()
+        while (offset := file.tell()) < piece.stop and (line := file.readline()):
+            number += 1
+            if not line.strip():
+                continue
+            place = Place(name=str(path), byte=offset, number=number)
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                bad.report(place, f"not valid JSON ({error})")
+                continue
+            if isinstance(record, dict):
+                yield place, record
+            else:
+                bad.report(place, f"a JSON {type(record).__name__} where an object is expected")
 
 
 def _is_array(path: Path) -> bool:
-    if path.suffix != ".json":
+    if not path.name.endswith((".json", ".json.gz")):
         return False
-    with open(path, "rb") as file:
+    with _naming_damage(path), open_bytes(path) as file:
         return file.read(64).lstrip()[:1] == b"["
+
+
+def _warn_of_large_array(path: Path, size: int) -> None:
+    if size >= LARGE_ARRAY_BYTES:
+        log.warning(
+            "%s holds one JSON array of %d MB, which one process reads at once and holds in "
+            "memory; JSON lines are read in parts",
+            *(path, size // 10**6),
+        )
 
 
 def _count_records(path: Path, piece: Piece) -> int:
     if _is_array(path):
-        return sum(1 for _ in _read_array(path, piece, BadRecords("skip")))
+        return len(_load_array(path, BadRecords("skip")))
+    if piece.stop == TO_THE_END:
+        with _naming_damage(path), open_bytes(path) as file:
+            return sum(1 for _ in file)
     with open(path, "rb") as file:
         # A line begins at the file's first byte, and behind each line end but the file's last.
         last = min(piece.stop, path.stat().st_size) - 1
@@ -212,12 +276,7 @@ def _count_records(path: Path, piece: Piece) -> int:
 
 
 def _read_array(path: Path, piece: Piece, bad: BadRecords) -> Iterator[tuple[Place, Record]]:
-    try:
-        records = json.loads(path.read_bytes())
-    except ValueError as error:
-        bad.report(Place(name=str(path)), f"not valid JSON ({error})")
-        return
-    for row, record in enumerate(records):
+    for row, record in enumerate(_load_array(path, bad)):
         place = Place(name=str(path), row=row, number=piece.first_record + row)
         if isinstance(record, dict):
             yield place, record
@@ -225,57 +284,14 @@ def _read_array(path: Path, piece: Piece, bad: BadRecords) -> Iterator[tuple[Pla
             bad.report(place, f"a JSON {type(record).__name__} where an object is expected")
 
 
-class Parquet:
-    """Parquet files, of which only the text column is read, or all columns if none is named."""
-
-    def __init__(self, files: Sequence[Path], *, text_field: str | None) -> None:
-        import pyarrow.parquet  # slow to import, and not needed by other sources
-
-        self._open = pyarrow.parquet.ParquetFile
-        self._files = files
-        self._columns = None if text_field is None else [text_field]
-        self._row_groups: list[list[int]] = []
-        for file in files:
-            try:
-                with self._open(file) as opened:
-                    columns = opened.schema_arrow.names
-                    groups = map(opened.metadata.row_group, range(opened.num_row_groups))
-                    self._row_groups.append([group.num_rows for group in groups])
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"{file}: not a readable Parquet file ({error}); write it again or remove it"
-                ) from error
-            if text_field is not None:
-                require_column(str(file), columns, text_field)
-
-    def digest(self, root: Path) -> str:
-        """Return the digest of all files' bytes in order."""
-        return digest_of("parquet", [file_digest(file, root) for file in self._files])
-
-    def pieces(self, *, numbered: bool = False) -> list[Piece]:
-        """Cut files into their row groups."""
-        pieces, first_record = [], 0
-        for number, groups in enumerate(self._row_groups):
-            for group, num_rows in enumerate(groups):
-                pieces.append(Piece(number, group, group + 1, first_record))
-                first_record += num_rows
-        return pieces
-
-    def read(self, piece: Piece, bad: BadRecords) -> Iterator[tuple[Place, Record]]:
-        """Yield one record a row; a row group that cannot be read raises."""
-        path, group = self._files[piece.file], piece.start
-        try:
-            with self._open(path) as opened:
-                table = opened.read_row_group(group, self._columns, use_threads=False)
-                records = table.to_pylist()
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{path}: row group {group} cannot be read ({error}); the file is damaged, "
-                "write it again"
-            ) from error
-        name = f"{path}, row group {group}"
-        for row, record in enumerate(records):
-            yield Place(name=name, row=row, number=piece.first_record + row), record
+def _load_array(path: Path, bad: BadRecords) -> list[object]:
+    with _naming_damage(path), open_bytes(path) as file:
+        content = file.read()
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        bad.report(Place(name=str(path)), f"not valid JSON ({error})")
+        return []
 
 
 def find_files(path: str, suffixes: tuple[str, ...], key: str) -> list[Path]:

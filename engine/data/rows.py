@@ -113,6 +113,16 @@ class TokenRows:
             num_counted_labels=plan.num_counted_labels,
         )
 
+    @property
+    def file(self) -> TokenFile:
+        """The tokens, in the order of the source."""
+        return self._file
+
+    @property
+    def packing(self) -> Packing:
+        """Which of them a row holds."""
+        return self._packing
+
     def _part(self, one: Slice) -> Part:
         first, past = self._file.offsets[one.document : one.document + 2]
         here = slice(first + one.start, min(first + one.stop + 1, past))

@@ -1,6 +1,8 @@
 """How records become token ids: `engine/data/formats/<data.format>.py` holds one `encode`."""
 
 import hashlib
+import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -69,6 +71,8 @@ class Encode(Protocol):
 def load_format(name: str) -> Encode:
     """Return the `encode` of a format file, or of a module of one's own by its dotted path."""
     if "." in name:
+        if os.getcwd() not in sys.path:  # where scripts are started from, as well as train.py
+            sys.path.insert(0, os.getcwd())
         try:
             members = vars(import_module(name))
         except ModuleNotFoundError as error:

@@ -6,8 +6,10 @@ import pytest
 import tokenizers
 
 from engine.data.config import DataConfig
+from engine.data.readers import JsonLines
 from engine.data.rows import RowSource
 from engine.data.sources import open_rows
+from engine.data.token_file import Recipe, TokenFile, open_token_file
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -97,3 +99,28 @@ def rows_of(cache_folder: str, tokenizer: Tokenizer) -> Callable[..., RowSource]
         )
 
     return rows_of
+
+
+@pytest.fixture
+def open_file(tokenizer: Tokenizer, jsonl: Path, tmp_path: Path) -> Callable[..., TokenFile]:
+    """Opens the token file of JSON lines: `open_file(*paths, num_processes=..., **recipe)`."""
+
+    def open_file(
+        *paths: Path,
+        num_processes: int = 1,
+        tokenizer: Tokenizer = tokenizer,
+        root: Path = tmp_path,
+        **recipe: object,
+    ) -> TokenFile:
+        defaults = {"format": "text", "text_field": "text", "on_bad_record": "raise"}
+        marks = {"add_bos": True, "add_eos": True}
+        return open_token_file(
+            JsonLines(paths or [jsonl]),
+            name=(paths or [jsonl])[0].name,
+            tokenizer=tokenizer,
+            recipe=Recipe(**{**defaults, **marks, **recipe}),  # pyright: ignore
+            root=root,
+            num_processes=num_processes,
+        )
+
+    return open_file

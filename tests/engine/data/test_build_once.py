@@ -1,5 +1,6 @@
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -145,6 +146,50 @@ def test_a_builder_killed_outright_leaves_no_lock_and_its_rest_is_replaced(tmp_p
     build_once(tmp_path / "key", "testing", write("done"))
     assert time.monotonic() - started < 30
     assert (tmp_path / "key" / "data.txt").read_text() == "done"
+
+
+STAGES = ("mkdir", "write_text", "_sync", "rename")
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_kill_before_or_behind_each_change_of_the_disk_leaves_a_whole_folder_or_none(
+    tmp_path: Path, stage: str, before: bool
+):
+    for moment in range(1, 4):
+        root = tmp_path / f"moment {moment}"
+        root.mkdir()
+        child = multiprocessing.get_context("fork").Process(
+            target=build_and_die, args=(root / "key", stage, moment, before)
+        )
+        child.start()
+        child.join(30)
+        if child.exitcode == 0:
+            assert moment > 1, "the build passes every stage once"
+            return
+        assert child.exitcode == -signal.SIGKILL
+        assert not (root / "key").exists() or cache._is_complete(root / "key")
+        build_once(root / "key", "testing", write("built again"))
+        assert cache._is_complete(root / "key") and not (root / "key.tmp").exists()
+        assert (root / "key" / "data.txt").read_text() in ("whole", "built again")
+
+
+def build_and_die(folder: Path, stage: str, moment: int, before: bool) -> None:
+    """Build, and be killed at the `moment`-th call of a function that changes the disk."""
+    owner = {"_sync": cache, "rename": os}.get(stage, Path)
+    change, calls = getattr(owner, stage), []
+
+    def change_and_die(*args: object, **settings: object) -> object:
+        calls.append(stage)
+        if before and len(calls) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = change(*args, **settings)
+        if len(calls) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, stage, change_and_die)
+    build_once(folder, "testing", write("whole"))
 
 
 def test_the_digest_of_a_large_file_is_remembered_until_the_file_changes(

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -6,9 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.data import readers
+from engine.data import readers, tables
 from engine.data.hugging_face import DatasetRows, open_dataset
-from engine.data.readers import BadRecords, JsonLines, Parquet, Reader, TextFiles, find_files
+from engine.data.named_sources import FILE_SUFFIXES
+from engine.data.readers import BadRecords, JsonLines, Reader, TextFiles, find_files
+from engine.data.tables import ArrowFiles, Parquet
 
 
 def read_all(reader: Reader, bad: BadRecords | None = None) -> list[object]:
@@ -19,6 +22,10 @@ def read_all(reader: Reader, bad: BadRecords | None = None) -> list[object]:
 def write_lines(path: Path, lines: list[str]) -> JsonLines:
     path.write_text("\n".join(lines))
     return JsonLines([path])
+
+
+def write_gzip(path: Path, text: str) -> None:
+    path.write_bytes(gzip.compress(text.encode()))
 
 
 KEEP = BadRecords("raise")
@@ -54,11 +61,11 @@ def test_a_bad_json_line_is_named_with_file_and_line(
 def test_bad_records_are_counted_and_the_first_are_kept_as_examples(tmp_path: Path):
     bad = BadRecords("skip")
     good = json.dumps({"text": "good"})
-    reader = write_lines(tmp_path / "a.jsonl", [good, *["{"] * 9, good])
+    reader = write_lines(tmp_path / "a.jsonl", [good, *["{"] * 30, good])
     assert read_all(reader, bad) == ["good", "good"]
-    assert bad.count == 9
+    assert bad.count == 30
     assert [str(place).rpartition(", ")[2] for place, _ in bad.examples] == [
-        f"line {n}" for n in range(2, 7)
+        f"line {n}" for n in range(2, 2 + readers.NUM_EXAMPLES)
     ]
 
 
@@ -95,6 +102,54 @@ def test_records_are_numbered_over_files_and_pieces(
     assert found == expected, "a line has its number, whether or not it holds a record"
 
 
+def test_gzip_files_are_read_as_what_they_hold_beside_plain_ones_and_under_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 16)
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS]
+    write_gzip(tmp_path / "a.jsonl.gz", "\n".join(lines[:20]))
+    write_lines(tmp_path / "b.jsonl", lines[20:30])
+    write_gzip(tmp_path / "c.json.gz", f" [{','.join(lines[30:40])}]")
+    write_gzip(tmp_path / "d.jsonl", "\n".join(lines[40:]) + "\n")
+    reader = JsonLines(find_files(str(tmp_path), FILE_SUFFIXES["jsonl"], "training.dataset_path"))
+    assert read_all(reader) == TEXTS
+    places = [p for piece in reader.pieces(numbered=True) for p, _ in reader.read(piece, KEEP)]
+    assert [place.number for place in places] == list(range(50))
+    assert str(places[7]) == f"{tmp_path}/a.jsonl.gz, line 8"
+    (tmp_path / "texts").mkdir()
+    write_gzip(tmp_path / "texts" / "a.txt.gz", "first\r\nstill first")
+    (tmp_path / "texts" / "b.txt").write_text("second")
+    found = find_files(str(tmp_path / "texts"), FILE_SUFFIXES["text"], "training.dataset_path")
+    assert read_all(TextFiles(found)) == ["first\nstill first", "second"]
+
+
+def test_a_bad_line_in_a_gzip_file_has_its_line_number_and_a_cut_file_is_refused(tmp_path: Path):
+    path = tmp_path / "a.jsonl.gz"
+    good = json.dumps({"text": "good"})
+    write_gzip(path, "\n".join([good, "", good, '{"text": "cut off', good]))
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz, line 4: not valid JSON"):
+        read_all(JsonLines([path]))
+    write_gzip(path, "\n".join(json.dumps({"text": str(hash(n))}) for n in range(2000)))
+    path.write_bytes(path.read_bytes()[:-200])
+    for numbered in (False, True):
+        reader = JsonLines([path])
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: not a readable gzip file.*write it"):
+            for piece in reader.pieces(numbered=numbered):
+                list(reader.read(piece, BadRecords("skip")))
+
+
+def test_a_large_json_array_is_said_to_be_held_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": text} for text in TEXTS]))
+    JsonLines([path]).pieces()
+    assert not caplog.text
+    monkeypatch.setattr(readers, "LARGE_ARRAY_BYTES", 1000)
+    JsonLines([path]).pieces()
+    assert "a.json holds one JSON array" in caplog.text
+
+
 def test_text_files_are_one_document_each_and_bytes_that_are_not_utf8_are_bad(tmp_path: Path):
     (tmp_path / "a.txt").write_text("first\nstill first")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
@@ -127,6 +182,52 @@ def test_parquet_gives_its_text_column_over_files_and_row_groups(tmp_path: Path)
     whole = Parquet(sorted(tmp_path.iterdir()), text_field=None)
     (_, record) = next(iter(whole.read(whole.pieces()[1], KEEP)))
     assert record == {"n": 8, "text": TEXTS[8]}, "without a named column all are read"
+
+
+def write_arrow(path: Path, kind: str, table: pa.Table, rows: int, compression: str | None) -> None:
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    with new(str(path), table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=rows)
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_arrow_files_and_streams_give_their_text_column_over_record_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, compression: str | None
+):
+    monkeypatch.setattr(tables, "PIECES_PER_FILE", 4)
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 3)
+    for name, texts in (("a", TEXTS[:30]), ("b", TEXTS[30:])):
+        table = pa.table({"n": list(range(len(texts))), "text": texts})
+        write_arrow(tmp_path / f"{name}.arrow", kind, table, 4, compression)
+    files = find_files(str(tmp_path), FILE_SUFFIXES["arrow"], "training.dataset_path")
+    reader = ArrowFiles(files, text_field="text")
+    assert len(reader.pieces()) == 4 + 3
+    assert read_all(reader) == TEXTS
+    places = [place for piece in reader.pieces() for place, _ in reader.read(piece, KEEP)]
+    assert [place.number for place in places] == list(range(50))
+    assert str(places[37]) == f"{tmp_path}/b.arrow, record batch 1, row 3"
+    whole = ArrowFiles(files, text_field=None)
+    (_, record) = next(iter(whole.read(whole.pieces()[1], KEEP)))
+    assert record == {"n": 8, "text": TEXTS[8]}, "without a named column all are read"
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_a_damaged_arrow_file_and_a_missing_column_are_named(tmp_path: Path, kind: str):
+    path = tmp_path / "a.arrow"
+    write_arrow(path, kind, pa.table({"text": TEXTS}), 5, None)
+    with pytest.raises(ValueError, match=r"data\.text_field = 'body' is not a column.*'text'"):
+        ArrowFiles([path], text_field="body")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        ValueError, match=r"a\.arrow: (not a readable Arrow|record batch \d+ cannot)"
+    ):
+        read_all(ArrowFiles([path], text_field="text"))
+    path.write_bytes(b"no table at all, but a long line of text")
+    with pytest.raises(ValueError, match=r"a\.arrow: not a readable Arrow file"):
+        ArrowFiles([path], text_field="text")
 
 
 def test_an_unreadable_parquet_file_and_a_missing_column_are_named(tmp_path: Path):

@@ -1,3 +1,4 @@
+import gzip
 import json
 import time
 from collections.abc import Callable
@@ -123,27 +124,46 @@ def test_rows_repeat_for_a_seed_and_differ_between_seeds_and_epochs(rows_of: Row
     assert equal(plain.row(4), plain.row(4 + 6 * plain.rows_per_epoch))
 
 
-def test_the_same_text_gives_the_same_rows_from_every_kind_of_file(
+def written_in_every_format(texts: list[str], folder: Path) -> dict[str, tuple[str, Path]]:
+    """Write the same texts in each way that can be read; return `dataset` and path of each."""
+    table = pa.table({"text": texts})
+    records = [{"text": text} for text in texts]
+    lines = [json.dumps(record) + "\n" for record in records]
+    for name in ("texts", "mixed"):
+        (folder / name).mkdir()
+    (folder / "lines.jsonl").write_text("".join(lines))
+    (folder / "array.json").write_text(json.dumps(records, indent=1))
+    (folder / "lines.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    (folder / "array.json.gz").write_bytes(gzip.compress(json.dumps(records).encode()))
+    (folder / "mixed" / "a.jsonl").write_text("".join(lines[:70]))
+    (folder / "mixed" / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[70:120]).encode()))
+    (folder / "mixed" / "c.json").write_text(json.dumps(records[120:]))
+    pq.write_table(table, folder / "text.parquet", row_group_size=100)
+    with pa.ipc.new_file(str(folder / "file.arrow"), table.schema) as file:
+        file.write_table(table, max_chunksize=30)
+    with pa.ipc.new_stream(str(folder / "stream.arrow"), table.schema) as file:
+        file.write_table(table, max_chunksize=30)
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(folder / "saved")
+    for number, text in enumerate(texts):
+        (folder / "texts" / f"{number:03}.txt").write_text(text)
+    kinds = {"lines.jsonl": "jsonl", "array.json": "json", "lines.jsonl.gz": "jsonl"}
+    kinds |= {"array.json.gz": "json", "mixed": "jsonl", "text.parquet": "parquet"}
+    kinds |= {"file.arrow": "arrow", "stream.arrow": "arrow", "saved": "anything", "texts": "text"}
+    return {name: (kind, folder / name) for name, kind in kinds.items()}
+
+
+def test_two_hundred_texts_give_bit_equal_rows_from_every_kind_of_file(
     rows_of: RowsOf, jsonl: Path, tmp_path: Path
 ):
-    texts = [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "text.parquet", row_group_size=100)
-    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
-    (tmp_path / "texts").mkdir()
-    for number, text in enumerate(texts):
-        (tmp_path / "texts" / f"{number:03}.txt").write_text(text)
-    first = rows_of("jsonl", jsonl)
-    others = [
-        rows_of("json", jsonl),
-        rows_of("parquet", tmp_path / "text.parquet"),
-        rows_of(str(tmp_path / "saved")),
-        rows_of("anything", tmp_path / "saved"),
-        rows_of("text", tmp_path / "texts"),
-    ]
-    for other in others:
-        assert other.fingerprint == first.fingerprint
-        for index in (0, 17, first.rows_per_epoch + 1):
-            assert equal(other.row(index), first.row(index))
+    texts = [json.loads(line)["text"] for line in jsonl.read_text().splitlines()][:200]
+    found = written_in_every_format(texts, tmp_path)
+    first = rows_of(*found.pop("lines.jsonl"))
+    for name, (kind, path) in found.items():
+        other = rows_of(kind, path)
+        assert other.fingerprint == first.fingerprint, name
+        for index in range(first.rows_per_epoch + 2):
+            assert equal(other.row(index), first.row(index)), name
+    assert rows_of(str(tmp_path / "saved")).fingerprint == first.fingerprint
 
 
 def test_the_fingerprint_changes_with_data_and_packing(rows_of: RowsOf, jsonl: Path):

@@ -1,46 +1,19 @@
+import gzip
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from engine.data import readers, token_file
+from engine.data import readers, token_file, token_writer
 from engine.data.formats import load_format, source_digest
-from engine.data.readers import JsonLines
-from engine.data.token_file import Recipe, TokenFile, open_token_file
+from engine.data.token_file import TokenFile
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 
 OpenFile = Callable[..., TokenFile]
-
-
-@pytest.fixture
-def open_file(tokenizer: Tokenizer, jsonl: Path, tmp_path: Path) -> OpenFile:
-    def open_file(
-        path: Path = jsonl,
-        *,
-        num_processes: int = 1,
-        tokenizer: Tokenizer = tokenizer,
-        root: Path = tmp_path,
-        **recipe: object,
-    ) -> TokenFile:
-        defaults = {"format": "text", "text_field": "text", "on_bad_record": "raise"}
-        marks = {"add_bos": True, "add_eos": True}
-        return open_token_file(
-            JsonLines([path]),
-            name=path.name,
-            tokenizer=tokenizer,
-            recipe=Recipe(**{**defaults, **marks, **recipe}),  # pyright: ignore
-            root=root,
-            num_processes=num_processes,
-        )
-
-    return open_file
 
 
 def texts_of(path: Path) -> list[str]:
@@ -84,10 +57,49 @@ def test_any_number_of_processes_writes_the_same_file(
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_a_piece_larger_than_memory_is_written_in_parts(
+    open_file: OpenFile,
+    jsonl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_processes: int,
+):
+    whole = open_file(root=tmp_path / "whole")
+    lines = jsonl.read_text().splitlines()
+    (tmp_path / "packed").mkdir()
+    for start in (0, 100, 200):
+        packed = gzip.compress("\n".join([*lines[start : start + 100], "{"]).encode())
+        (tmp_path / "packed" / f"{start:03}.jsonl.gz").write_bytes(packed)
+    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 2000)
+    largest: list[int] = []
+    append = token_writer._append_mask
+
+    def append_mask(path: Path, encoded: token_writer._Encoded, num_tokens: int) -> None:
+        largest.append(encoded.lengths.size)
+        append(path, encoded, num_tokens)
+
+    monkeypatch.setattr(token_writer, "_append_mask", append_mask)
+    files = sorted((tmp_path / "packed").iterdir())
+    file = open_file(*files, num_processes=num_processes, on_bad_record="skip")
+    assert file.digest == whole.digest
+    assert len(largest) > 30 and max(largest) < 30, "a few documents at a time"
+    assert file.facts.num_bad == 3
+    assert [text.partition(":")[0] for text in file.facts.bad_examples] == [
+        f"{path}, line 101" for path in files
+    ]
+    assert file.folder is not None
+    left = {path.name for path in file.folder.iterdir()}
+    assert left == {"tokens.bin", "offsets.npy", "facts.json", "complete.json"}
+
+
 def test_a_second_start_tokenises_nothing(open_file: OpenFile, monkeypatch: pytest.MonkeyPatch):
     first = open_file()
-    monkeypatch.setattr(token_file, "_write", None)
-    assert open_file().digest == first.digest
+    assert first.is_new and first.facts.seconds > 0
+    monkeypatch.setattr(token_file, "write_tokens", None)
+    again = open_file()
+    assert again.digest == first.digest
+    assert not again.is_new and again.facts == first.facts
 
 
 def test_one_byte_of_data_or_tokenizer_and_each_setting_changes_the_key(
@@ -236,73 +248,3 @@ def test_an_edit_of_a_module_that_a_format_lists_tokenises_anew(
     assert source_digest(encode) == before
     (tmp_path / "parted" / "helper.py").write_text("x = 2\n")
     assert source_digest(encode) != before
-
-
-SLOW = """
-import sys, time
-from pathlib import Path
-from engine.data import readers
-from engine.data.readers import JsonLines
-from engine.data.token_file import Recipe, open_token_file
-from engine.data.tokenizer import load_tokenizer
-readers.PIECE_BYTES = 400
-tokenizer = load_tokenizer(sys.argv[3], "")
-slow = tokenizer.encode_batch
-def encode_batch(texts):
-    time.sleep(0.2)
-    return slow(texts)
-tokenizer.encode_batch = encode_batch
-print("ready", flush=True)
-open_token_file(
-    JsonLines([Path(sys.argv[2])]), name="slow", tokenizer=tokenizer, root=Path(sys.argv[1]),
-    recipe=Recipe(
-        format="text", text_field="text", add_bos=True, add_eos=True, on_bad_record="raise"
-    ),
-    num_processes=2,
-)
-"""
-
-
-def test_a_kill_while_tokenising_leaves_no_process_and_the_next_start_builds_it(
-    open_file: OpenFile, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
-):
-    tokenizer.save(tmp_path / "tokenizer")
-    victim = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, (tmp_path, jsonl, tmp_path / "tokenizer"))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert victim.stdout is not None
-    victim.stdout.readline()
-    wait_until(lambda: list((tmp_path / "tokens").glob("*.tmp")) and len(children(victim.pid)) == 2)
-    workers = children(victim.pid)
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.communicate()
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers))
-    assert not [path for path in (tmp_path / "tokens").iterdir() if path.suffix == ""]
-    whole = open_file(root=tmp_path / "elsewhere")
-    assert open_file().digest == whole.digest
-
-
-def test_a_tokenising_process_that_dies_is_an_error_and_not_a_hang(
-    open_file: OpenFile, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 4000)
-    monkeypatch.setattr(token_file, "_encode_in_child", die)
-    with pytest.raises(ValueError, match=r"data\.num_processes = 2: a tokenising process died"):
-        open_file(num_processes=2)
-
-
-def die(_piece: readers.Piece) -> None:
-    os._exit(9)
-
-
-def children(pid: int) -> list[int]:
-    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.02)
