@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
         console.print(tables([report_of(source) for source in rows]))
     else:
         console.print(
-            "the run reads random tokens (dummy) or a stream: there is nothing to prepare"
+            "the run reads random tokens or a stream: there is nothing to prepare"
         )
 
 
