@@ -69,7 +69,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     architecture = resolve_architecture(config.model, model_needs(config, world.device.type))
     tokenizer = open_tokenizer(config)
     check_combinations(config, dims, architecture.config, tokenizer.vocab_size)
-    rows = None if config.validation.only else _open_training_rows(config, tokenizer)
+    rows = None if config.validation.only else _open_training_rows(config, tokenizer, dims)
     validation = _validation_batches(config, tokenizer, dims)
     _agree_on_data(tokenizer, rows)
     _log_work(config, dims, architecture)
@@ -123,12 +123,9 @@ def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture)
         "attention: %s, kernels: %s; ranks: %s", sizes.attention, sizes.kernels, dims.describe()
     )
     log.info("number formats: %s", precision_of(config).describe())
-    log.info(
-        "one step: %d rows of %d tokens, %s tokens",
-        rows,
-        training.seq_len,
-        f"{rows * training.seq_len:,}",
-    )
+    budget = config.data.batch_tokens
+    unit, tokens = ("batches of up to", budget) if budget else ("rows of", training.seq_len)
+    log.info("one step: %d %s %d tokens, %s tokens", rows, unit, tokens, f"{rows * tokens:,}")
 
 
 def _log_frozen(model: nn.Module) -> None:
@@ -159,8 +156,9 @@ def precision_of(config: JobConfig) -> PrecisionConfig:
     )
 
 
-def _open_training_rows(config: JobConfig, tokenizer: Tokenizer) -> RowSource:
+def _open_training_rows(config: JobConfig, tokenizer: Tokenizer, dims: ParallelDims) -> RowSource:
     training = config.training
+    per_step = training.rows_per_step(dims.batch_degree)
     return open_rows(
         training.dataset,
         training.dataset_path,
@@ -170,6 +168,7 @@ def _open_training_rows(config: JobConfig, tokenizer: Tokenizer) -> RowSource:
         tokenizer=tokenizer,
         config=config.data,
         shuffle=True,
+        num_largest_first=per_step if config.data.largest_batch_first else 0,
     )
 
 

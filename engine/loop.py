@@ -151,16 +151,15 @@ def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
     set_learning_rate(run.trainer.optimizer, factor)
     meter.start_step()
     report = train_step(run.trainer, step)
-    rows = run.trainer.rows_per_step
     meter.finish_step(
         step,
         tokens=report.tokens,
         trained_tokens=report.trained_tokens,
         squared_document_tokens=report.squared_document_tokens,
-        rows=rows,
+        rows=report.rows,
     )
     counters["step"] = step
-    counters["rows_consumed"] += rows
+    counters["rows_consumed"] += run.trainer.rows_per_step
     counters["tokens"] += report.tokens
     counters["trained_tokens"] += report.trained_tokens
     if not config.metrics.is_due(step, steps) and not _should_validate(config, step):

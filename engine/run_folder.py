@@ -51,6 +51,9 @@ DECIDES_THE_ROWS = frozenset(
         "data.stride",
         "data.last_row",
         "data.long_document",
+        "data.batch_tokens",
+        "data.pad_to_multiple",
+        "data.largest_batch_first",
         "data.on_bad_record",
         "data.dummy_tokens",
     }

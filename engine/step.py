@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch
-from engine.data.loader import DataloaderConfig
+from engine.data.loader import FILLER, DataloaderConfig
 from engine.health import NonFinitePolicy
 from engine.objectives import Objective, combine
 from parallelisms.collectives import SequenceSum, clip_gradients, sum_over
@@ -32,7 +32,8 @@ class TrainingConfig:
     """File or folder of the data, where the source needs one."""
 
     local_batch_size: int = 8
-    """Rows of one microbatch on one data-parallel rank."""
+    """Rows of one microbatch on one data-parallel rank; 1 where `data.batch_tokens` says how many
+    rows that is."""
 
     global_batch_size: int = -1
     """Rows of one optimizer step over all ranks; -1 means one microbatch on each rank."""
@@ -113,7 +114,7 @@ class Trainer:
     dims: ParallelDims
     device: torch.device
     rows_per_step: int
-    """Rows of one update over all data-parallel ranks."""
+    """Rows, or batches of them, that one update takes from the data, over all ranks."""
 
     microbatches: int
     """Forward passes of one update on each data-parallel rank."""
@@ -134,6 +135,7 @@ class StepReport:
     updated: bool
     """False where the step was skipped because its gradients were not finite."""
 
+    rows: int
     tokens: int
     """Tokens that the model read, padding left out."""
 
@@ -194,6 +196,7 @@ def measure(batch: Batch, objective: Objective) -> dict[str, Tensor]:
     squared = batch.squared_document_tokens
     return {
         **objective.counts(batch),
+        "rows": (batch.rows_B != FILLER).sum(),
         "tokens": (batch.documents_BT != PADDING_DOCUMENT).sum(),
         "trained_tokens": (batch.labels_BT != IGNORED_LABEL).sum(),
         # Written by the device: copied to it with torch.tensor, the host would wait.
@@ -229,6 +232,7 @@ def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport
         loss=values[0],
         grad_norm=values[1],
         updated=updated,
+        rows=int(amounts["rows"]),
         tokens=int(amounts["tokens"]),
         trained_tokens=int(amounts["trained_tokens"]),
         squared_document_tokens=int(amounts["squared_document_tokens"]),

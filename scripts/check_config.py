@@ -102,10 +102,12 @@ def _report(config: JobConfig, architecture: Architecture, world_size: int) -> N
     total, _ = parameter_counts(architecture.config)
     print(f"model:   {config.model.name}, {architecture.origin}: {total:,} parameters")
     print(f"ranks:   {world_size} = {dims.describe()}")
+    budget = config.data.batch_tokens
+    unit, tokens = ("batches", budget) if budget else ("rows", training.seq_len)
     print(
-        f"step:    {rows:,} rows = {training.local_batch_size} x {dims.batch_degree} data-parallel "
-        f"ranks x {microbatches} microbatches; x {training.seq_len:,} = "
-        f"{rows * training.seq_len:,} tokens\n"
+        f"step:    {rows:,} {unit} = {training.local_batch_size} x {dims.batch_degree} "
+        f"data-parallel ranks x {microbatches} microbatches; x {tokens:,} = "
+        f"{'at most ' * (budget > 0)}{rows * tokens:,} tokens\n"
     )
     precision = PrecisionConfig(
         param_dtype=getattr(torch, training.mixed_precision_param),

@@ -10,6 +10,15 @@ CHAT_KEYS = {
     "system_prompt_rate": 1.0,
 }
 
+BATCH_KEYS = {"pad_to_multiple": 8, "largest_batch_first": False}
+LEAST = {
+    "stride": 0,
+    "batch_tokens": 0,
+    "pad_to_multiple": 1,
+    "num_processes": 0,
+    "dummy_tokens": 1,
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
@@ -61,6 +70,19 @@ class DataConfig:
     there, leave it out, cut it into several that do not see each other, or stop. Each is counted
     in the log."""
 
+    batch_tokens: int = 0
+    """Most tokens of one microbatch on one data-parallel rank under packing "none", padding
+    included: documents of similar length share a batch, padded to the longest of it. 0 is off:
+    `training.local_batch_size` rows, padded to `training.seq_len`. What counts rows elsewhere
+    counts such batches then, as `training.global_batch_size`."""
+
+    pad_to_multiple: int = 8
+    """Under `batch_tokens` batches are padded to a length that is a multiple of this."""
+
+    largest_batch_first: bool = False
+    """Under `batch_tokens` the first step takes the batches with most tokens, so that memory runs
+    out there or never."""
+
     on_bad_record: Literal["raise", "skip"] = "raise"
     """Stop at a record that cannot be read or has no text, or count it and go on."""
 
@@ -75,11 +97,12 @@ class DataConfig:
     """Tokens in an epoch of the `dummy` dataset."""
 
     def __post_init__(self) -> None:
-        for name, least in (("stride", 0), ("num_processes", 0), ("dummy_tokens", 1)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"data.{name} = {value}; give a whole number from {least} up")
         self._check_chat_keys()
+        self._check_batch_keys()
         others = ("last_row", "stride") if self.packing != "concat" else ("long_document",)
         default = {"last_row": "keep", "stride": 0, "long_document": "truncate"}
         for name in others:
@@ -101,3 +124,16 @@ class DataConfig:
             raise ValueError(
                 f"data.system_prompt_rate = {self.system_prompt_rate}; give a share from 0 to 1"
             )
+
+    def _check_batch_keys(self) -> None:
+        if self.batch_tokens and self.packing != "none":
+            raise ValueError(
+                f"data.batch_tokens = {self.batch_tokens} has no meaning with data.packing = "
+                f"{self.packing!r}, whose rows are full; set data.packing = 'none', or remove it"
+            )
+        for name, default in BATCH_KEYS.items():
+            if not self.batch_tokens and (value := getattr(self, name)) != default:
+                raise ValueError(
+                    f"data.{name} = {value!r} has no meaning with data.batch_tokens = 0; remove "
+                    "it, or give the tokens of a batch"
+                )

@@ -6,9 +6,10 @@ and workers.
 """
 
 import atexit
+import math
 import signal
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -70,7 +71,8 @@ def train_batches(
     """Yield one rank's microbatches without end, from the step that begins at `start_row`.
 
     Step s owns global rows [s * G, (s + 1) * G), G being `global_batch_size`; within them
-    microbatch m takes L * R rows and rank r the r-th L of those.
+    microbatch m takes L * R rows and rank r the r-th L of those. Where the rows come in batches,
+    all of these count batches.
     """
     rows_per_microbatch = local_batch_size * batch_degree
     if global_batch_size % rows_per_microbatch:
@@ -107,13 +109,14 @@ def validation_batches(
     at the end are filler rows with number -1, which have no label.
     """
     rows_per_batch = local_batch_size * batch_degree
-    num_batches = -(-rows.rows_per_epoch // rows_per_batch)
+    num_units = rows.batches.batches_per_epoch if rows.batches else rows.rows_per_epoch
+    num_batches = -(-num_units // rows_per_batch)
     deal = _Deal(
         first=batch_rank * local_batch_size,
         every=rows_per_batch,
         size=local_batch_size,
         num_batches=num_batches if steps < 0 else min(steps, num_batches),
-        end=rows.rows_per_epoch,
+        end=num_units,
     )
     return _batches(rows, deal, dataloader, pad_to_multiple)
 
@@ -136,31 +139,47 @@ class _Deal:
             start, number = start + self.every, number + 1
 
 
-class _NumberedRows(Dataset[tuple[int, Row]]):
+class _Units(Dataset[list[tuple[int, Row]]]):
+    """What loaders count: single rows, or batches of them, each row with its global number."""
+
     def __init__(self, rows: RowSource) -> None:
         self._rows = rows
 
-    def __getitem__(self, index: int) -> tuple[int, Row]:
+    def __getitem__(self, index: int) -> list[tuple[int, Row]]:
+        batches = self._rows.batches
         if index == FILLER:
-            return FILLER, _filler(self._rows.seq_len)
-        return index, self._rows.row(index)
+            return [(FILLER, _filler(1 if batches else self._rows.seq_len))]
+        numbers = batches.rows(index) if batches else [index]
+        return [(number, self._rows.row(number)) for number in numbers]
+
+
+def _collate_units(
+    units: Sequence[list[tuple[int, Row]]], *, one_document_per_row: bool, pad_to_multiple: int
+) -> Batch:
+    return collate(
+        [numbered for unit in units for numbered in unit],
+        one_document_per_row=one_document_per_row,
+        pad_to_multiple=pad_to_multiple,
+    )
 
 
 def _batches(
     rows: RowSource, deal: _Deal, dataloader: DataloaderConfig, pad_to_multiple: int
 ) -> Iterator[Batch]:
     workers = dataloader.num_workers
-    first = next(iter(deal), [FILLER])[0]
-    if workers and first != FILLER:
-        rows.row(first)  # before the fork, so that workers share the epoch's document order
+    units = _Units(rows)
+    if workers:
+        units[next(iter(deal), [FILLER])[0]]  # before the fork: workers share the epoch's order
+    if rows.batches:
+        pad_to_multiple = math.lcm(pad_to_multiple, rows.batches.pad_to_multiple)
     with warnings.catch_warnings():
         # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message=".*set_vital")
         loader = StatefulDataLoader(
-            _NumberedRows(rows),
+            units,
             batch_sampler=deal,
             collate_fn=partial(
-                collate,
+                _collate_units,
                 one_document_per_row=rows.one_document_per_row,
                 pad_to_multiple=pad_to_multiple,
             ),

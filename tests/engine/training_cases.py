@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row
 from engine.data.loader import DataloaderConfig, train_batches, validation_batches
+from engine.data.rows import RowSource
 from engine.health import NonFinitePolicy
 from engine.objectives.pretrain import build as build_pretrain
 from engine.optim import OptimizerConfig, build_optimizer
@@ -35,6 +36,7 @@ class RaggedRows:
     source_names: tuple[str, ...] = ("ragged",)
     fingerprint: str = "ragged"
     one_document_per_row: bool = False
+    batches: None = None
 
     def row(self, index: int) -> Row:
         generator = torch.Generator().manual_seed(index)
@@ -63,14 +65,15 @@ def make_trainer(
     action: str = "stop",
     frozen: tuple[str, ...] = (),
     optimizer: OptimizerConfig = SMOOTH,
-    rows: RaggedRows | None = None,
+    rows: RowSource | None = None,
+    per_step: int = ROWS_PER_STEP,
 ) -> Trainer:
     """Build the trainer of one rank; a step has the same rows on any layout."""
     model, dims = build_case(case, frozen=frozen)
     batches = train_batches(
         rows or RaggedRows(),
         local_batch_size=local_batch_size,
-        global_batch_size=ROWS_PER_STEP,
+        global_batch_size=per_step,
         batch_rank=dims.batch_rank,
         batch_degree=dims.batch_degree,
         start_row=0,
@@ -85,8 +88,8 @@ def make_trainer(
         nonfinite=NonFinitePolicy(action, gather=lambda text: [text]),  # pyright: ignore[reportArgumentType]
         dims=dims,
         device=torch.device("cpu"),
-        rows_per_step=ROWS_PER_STEP,
-        microbatches=ROWS_PER_STEP // (local_batch_size * dims.batch_degree),
+        rows_per_step=per_step,
+        microbatches=per_step // (local_batch_size * dims.batch_degree),
         max_norm=0.5,
     )
 
