@@ -16,7 +16,7 @@ from engine.data.rows import RowSource, TokenRows
 from engine.data.sources import open_rows, stream_rows
 from engine.data.stdlib import Split
 from engine.data.tokenizer import Tokenizer
-from engine.step import SourceReport, TrainingConfig
+from engine.step import SourceReport
 
 log = logging.getLogger("tessera")
 
@@ -52,8 +52,8 @@ def open_training_rows(
 ) -> RowSource:
     """Return the rows that a run trains on, on so many data-parallel ranks.
 
-    Their number matters to streams and to scheduled weights alone, and only while
-    `training.global_batch_size` is -1.
+    Their number matters to streams, scheduled weights and `data.largest_batch_first` alone, and
+    only while `training.global_batch_size` is -1.
     """
     training = config.training
     rows_per_step = training.rows_per_step(batch_degree)
@@ -67,7 +67,7 @@ def open_training_rows(
             config=config.data,
             rows_per_step=rows_per_step,
         )
-    opened = open_training_sources(config, tokenizer)
+    opened = open_training_sources(config, tokenizer, batch_degree=batch_degree)
     if not config.data.sources:
         return opened[0]
     mixture = mix(
@@ -80,13 +80,16 @@ def open_training_rows(
     return mixture
 
 
-def open_training_sources(config: JobConfig, tokenizer: Tokenizer) -> list[RowSource]:
+def open_training_sources(
+    config: JobConfig, tokenizer: Tokenizer, *, batch_degree: int = 1
+) -> list[RowSource]:
     """Return the rows of each source of the training text; tokenise what was not yet."""
     training = config.training
     opened = _opener(config, tokenizer, "train", training.seq_len)
     if config.data.sources:
         return [opened(one.dataset, one.path, source=one) for one in config.data.sources]
-    return [opened(training.dataset, training.dataset_path)]
+    largest = training.rows_per_step(batch_degree) if config.data.largest_batch_first else 0
+    return [opened(training.dataset, training.dataset_path, num_largest_first=largest)]
 
 
 def open_validation_sources(config: JobConfig, tokenizer: Tokenizer) -> list[RowSource]:
@@ -149,15 +152,17 @@ def open_training_batches(
     )
 
 
-def log_dealing(training: TrainingConfig, batch_degree: int) -> None:
+def log_dealing(config: JobConfig, batch_degree: int) -> None:
     """Log how a step's rows are shared, with a note where some ranks compute fillers."""
+    training, budget = config.training, config.data.batch_tokens
     dealing = training.dealing(batch_degree)
+    unit, size = ("batches of up to", budget) if budget else ("rows of", training.seq_len)
     log.info(
-        "one step: %d rows of %d tokens, %s tokens, in %d microbatches of %d rows on each of %d "
+        "one step: %d %s %d tokens, %s tokens, in %d microbatches of %d %s on each of %d "
         "data-parallel ranks",
-        *(dealing.rows_per_step, training.seq_len),
-        f"{dealing.rows_per_step * training.seq_len:,}",
-        *(dealing.microbatches, dealing.rows_per_microbatch, dealing.batch_degree),
+        *(dealing.rows_per_step, unit, size, f"{dealing.rows_per_step * size:,}"),
+        *(dealing.microbatches, dealing.rows_per_microbatch, unit.split()[0]),
+        dealing.batch_degree,
     )
     if dealing.filler_share:
         log.info(

@@ -140,7 +140,7 @@ def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture)
         "attention: %s, kernels: %s; ranks: %s", sizes.attention, sizes.kernels, dims.describe()
     )
     log.info("number formats: %s", precision_of(config).describe())
-    log_dealing(config.training, dims.batch_degree)
+    log_dealing(config, dims.batch_degree)
 
 
 def _log_frozen(model: nn.Module) -> None:

@@ -44,7 +44,8 @@ class TrainingState:
     """None where only the model matters."""
 
     counters: dict[str, int | float] = field(default_factory=dict[str, int | float])
-    """Updated in place by a load. `step` and `rows_consumed` have a meaning here, others do not."""
+    """Updated in place by a load. `step` and `rows_consumed` (batches, where the data is dealt in
+    batches) have a meaning here, others do not."""
 
     data_fingerprint: str = ""
     """What `rows_consumed` counts in; a full load refuses a cursor into other data."""

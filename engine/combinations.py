@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from engine import titan
 from engine.checkpoint_rules import CHECKPOINT_RULES
 from engine.data.config import DATASETS_FROM_FILES
-from engine.layout_rules import CONTEXT_RULES, LAYOUT_RULES
+from engine.layout_rules import BUDGET_RULES, CONTEXT_RULES, LAYOUT_RULES
 from engine.rules import Facts, Rule, gather_facts
 from engine.schema import raise_mistakes
 from engine.step import TrainingConfig
@@ -284,6 +284,7 @@ EXTRAS_RULES = (
 
 RULES: Sequence[Rule] = (
     *LAYOUT_RULES,
+    *BUDGET_RULES,
     *CONTEXT_RULES,
     *DEVICE_RULES,
     *COMPILE_RULES,

@@ -37,7 +37,8 @@ class ValidationConfig:
     loss of each is written too."""
 
     local_batch_size: int = 8
-    """Rows of one forward pass on one data-parallel rank."""
+    """Rows of one forward pass on one data-parallel rank; 1 where `data.batch_tokens` says how many
+    rows that is."""
 
     seq_len: int = 2048
     """Tokens of one row."""

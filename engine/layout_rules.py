@@ -1,7 +1,7 @@
 """Rules on how ranks divide the work: degrees, heads, widths, rows of a batch, tokens of a row.
 
-That tokens can be dealt evenly needs no rule: rows are padded to a multiple of
-`ParallelConfig.token_multiple`.
+That tokens can be dealt evenly needs a rule only where a budget counts the padding: rows are padded
+to a multiple of `ParallelConfig.token_multiple`.
 """
 
 from engine.rules import Rule
@@ -63,6 +63,58 @@ LAYOUT_RULES = (
             "raise it, raise a tensor- or context-parallel degree, or start fewer ranks; those "
             "that share the rows evenly are {f.even_data_parallel_ranks}"
         ),
+    ),
+)
+
+BUDGET_RULES = (
+    Rule(
+        id="several_budgets_in_a_microbatch",
+        keys=("data.batch_tokens", "training.local_batch_size"),
+        applies=lambda f: (
+            f.config.data.batch_tokens > 0 and f.trains and f.config.training.local_batch_size != 1
+        ),
+        reason="the first says how many rows a microbatch has, so the second counts whole batches",
+        remedy="set training.local_batch_size = 1; more batches a step: training.global_batch_size",
+    ),
+    Rule(
+        id="several_budgets_in_a_validation_microbatch",
+        keys=("data.batch_tokens", "validation.local_batch_size"),
+        applies=lambda f: (
+            f.config.data.batch_tokens > 0
+            and f.validates
+            and f.config.validation.local_batch_size != 1
+        ),
+        reason="the first says how many rows a forward pass has, the second counts whole batches",
+        remedy="set validation.local_batch_size = 1",
+    ),
+    Rule(
+        id="budget_smaller_than_a_row",
+        keys=("data.batch_tokens", "data.pad_to_multiple"),
+        applies=lambda f: 0 < f.config.data.batch_tokens < f.longest_padded_row,
+        reason="the longest rows that may be read have {f.longest_padded_row} tokens with padding",
+        remedy="give at least {f.longest_padded_row} tokens, or lower seq_len",
+    ),
+    Rule(
+        id="batches_whose_length_ranks_cannot_share",
+        keys=(
+            "data.pad_to_multiple",
+            "parallelism.tensor_parallel_degree",
+            "parallelism.context_parallel_degree",
+        ),
+        applies=lambda f: (
+            f.config.data.batch_tokens > 0 and f.config.data.pad_to_multiple != f.shared_multiple
+        ),
+        reason="ranks that share a row would pad it further, beyond data.batch_tokens",
+        remedy="set data.pad_to_multiple = {f.shared_multiple}",
+    ),
+    Rule(
+        id="budget_for_dummy_tokens",
+        keys=("data.batch_tokens", "training.dataset"),
+        applies=lambda f: (
+            f.config.data.batch_tokens > 0 and f.trains and f.config.training.dataset == "dummy"
+        ),
+        reason="dummy rows all have training.seq_len tokens",
+        remedy="set data.batch_tokens = 0 and training.local_batch_size, or train on documents",
     ),
 )
 

@@ -152,18 +152,17 @@ def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
     set_learning_rate(run.trainer.optimizer, factor)
     meter.start_step()
     report = train_step(run.trainer, step)
-    rows = run.trainer.rows_per_step
     meter.finish_step(
         step,
         tokens=report.tokens,
         trained_tokens=report.trained_tokens,
         squared_document_tokens=report.squared_document_tokens,
-        rows=rows,
+        rows=report.rows,
     )
     count_step(
         counters,
         step,
-        rows=rows,
+        rows=run.trainer.rows_per_step,
         tokens=report.tokens,
         trained_tokens=report.trained_tokens,
         sources=report.sources,

@@ -1,5 +1,6 @@
 """What a rule about a configuration is, and what it may look at. The table is `combinations.py`."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -102,6 +103,19 @@ class Facts:
         training, validation = self.config.training.seq_len, self.config.validation.seq_len
         read = [training] * self.trains + [validation] * self.validates
         return min(read)
+
+    @property
+    def longest_padded_row(self) -> int:
+        """Tokens of the longest rows that will be read, as a batch under a budget pads them."""
+        training, validation = self.config.training.seq_len, self.config.validation.seq_len
+        longest = max([training] * self.trains + [validation] * self.validates)
+        multiple = self.config.data.pad_to_multiple
+        return -(-longest // multiple) * multiple
+
+    @property
+    def shared_multiple(self) -> int:
+        """Least multiple of `data.pad_to_multiple` that ranks which share a row can divide."""
+        return math.lcm(self.config.data.pad_to_multiple, self.config.parallelism.token_multiple)
 
     @property
     def attention_refusal(self) -> str | None:

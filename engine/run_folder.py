@@ -55,6 +55,9 @@ DECIDES_THE_ROWS = frozenset(
         "data.long_document",
         "data.streaming",
         "data.shuffle_buffer_size",
+        "data.batch_tokens",
+        "data.pad_to_multiple",
+        "data.largest_batch_first",
         "data.on_bad_record",
         "data.dummy_tokens",
     }

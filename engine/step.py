@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch
-from engine.data.loader import DataloaderConfig, Dealing
+from engine.data.loader import FILLER, DataloaderConfig, Dealing
 from engine.health import NonFinitePolicy
 from engine.neftune import EmbeddingNoise
 from engine.objectives import Objective, combine
@@ -35,7 +35,7 @@ class TrainingConfig:
 
     local_batch_size: int = 8
     """Most rows of one microbatch on one data-parallel rank; fewer where the ranks share those of
-    a step more evenly so."""
+    a step more evenly so. 1 where `data.batch_tokens` says how many rows that is."""
 
     global_batch_size: int = -1
     """Rows of one optimizer step over all ranks; -1 means one microbatch on each rank. Ranks that
@@ -132,7 +132,7 @@ class Trainer:
     dims: ParallelDims
     device: torch.device
     rows_per_step: int
-    """Rows of one update over all data-parallel ranks."""
+    """Rows, or batches of them, that one update takes from the data, over all ranks."""
 
     microbatches: int
     """Forward passes of one update on each data-parallel rank."""
@@ -170,6 +170,7 @@ class StepReport:
     updated: bool
     """False where the step was skipped because its gradients were not finite."""
 
+    rows: int
     tokens: int
     """Tokens that the model read, padding left out."""
 
@@ -282,6 +283,7 @@ def measure(batch: Batch, objective: Objective, num_sources: int) -> dict[str, T
     """
     rows = {
         **objective.counts(batch),
+        "rows": batch.rows_B != FILLER,
         "tokens": (batch.documents_BT != PADDING_DOCUMENT).sum(dim=1),
         "trained_tokens": (batch.labels_BT != IGNORED_LABEL).sum(dim=1),
     }
@@ -330,6 +332,7 @@ def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport
         loss=loss,
         grad_norm=norm,
         updated=updated,
+        rows=int(sum(found["rows"])),
         tokens=int(sum(found["tokens"])),
         trained_tokens=int(sum(found["trained_tokens"])),
         squared_document_tokens=int(found["squared_document_tokens"][0]),

@@ -102,11 +102,13 @@ def _report(config: JobConfig, architecture: Architecture, world_size: int) -> N
     total, _ = parameter_counts(architecture.config)
     print(f"model:   {config.model.name}, {architecture.origin}: {total:,} parameters")
     print(f"ranks:   {world_size} = {dims.describe()}")
+    budget = config.data.batch_tokens
+    unit, tokens = ("batches", budget) if budget else ("rows", training.seq_len)
     print(
-        f"step:    {rows:,} rows = {dealing.rows_per_microbatch} x {dims.batch_degree} "
+        f"step:    {rows:,} {unit} = {dealing.rows_per_microbatch} x {dims.batch_degree} "
         f"data-parallel ranks x {dealing.microbatches} microbatches"
-        f"{f' less {fillers:.1f}% fillers' if fillers else ''}; x {training.seq_len:,} = "
-        f"{rows * training.seq_len:,} tokens\n"
+        f"{f' less {fillers:.1f}% fillers' if fillers else ''}; x {tokens:,} = "
+        f"{'at most ' * (budget > 0)}{rows * tokens:,} tokens\n"
     )
     precision = PrecisionConfig(
         param_dtype=getattr(torch, training.mixed_precision_param),

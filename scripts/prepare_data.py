@@ -27,9 +27,7 @@ def main(arguments: list[str]) -> None:
     if rows:
         console.print(tables([report_of(source) for source in rows]))
     else:
-        console.print(
-            "the run reads random tokens or a stream: there is nothing to prepare"
-        )
+        console.print("the run reads random tokens or a stream: there is nothing to prepare")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def new_tokens(
     old_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
     flags = _flags(is_special=is_special, whole_words=whole_words)
     backend.add_tokens([tokenizers.AddedToken(text, **flags) for text in added])
-    ids = {text: backend.token_to_id(text) for text in added}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    ids = {text: vocabulary[text] for text in added}
     if garbled := {t: back for t in added if (back := _decoded(backend, [ids[t]])) != t}:
         shown = ", ".join(f"{text!r} as {back!r}" for text, back in garbled.items())
         raise ValueError(

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORED_LABEL = -100
 PADDING_DOCUMENT = 0
@@ -45,7 +47,7 @@ class Batch:
     """Where each document of the rows, joined, begins; see `document_offsets`."""
 
     rows_B: Tensor
-    """Global row numbers, int64, -1 for a filler row that trains nothing."""
+    """Global row numbers, int64, each once; -1 for a filler row that trains nothing."""
 
     sources_B: Tensor
     """Number of the source of each row, int64."""
@@ -80,15 +82,15 @@ def collate(
     one_document_per_row: bool,
     pad_to_multiple: int = 1,
 ) -> Batch:
-    """Stack rows with their global numbers; T grows with padding to a multiple if it must."""
+    """Stack rows with their global numbers, padded to the longest, rounded up to a multiple."""
     rows = [row for _, row in numbered_rows]
-    padding = -rows[0].tokens_T.numel() % pad_to_multiple
-    documents_BT = _stack([row.documents_T for row in rows], padding, PADDING_DOCUMENT)
+    stack = partial(_stack, pad_to_multiple=pad_to_multiple)
+    documents_BT = stack([row.documents_T for row in rows], PADDING_DOCUMENT)
     lengths = [row.documents_T.bincount()[1:] for row in rows]
     return Batch(
-        tokens_BT=_stack([row.tokens_T for row in rows], padding, 0),
-        labels_BT=_stack([row.labels_T for row in rows], padding, IGNORED_LABEL),
-        positions_BT=_stack([row.positions_T for row in rows], padding, 0),
+        tokens_BT=stack([row.tokens_T for row in rows], 0),
+        labels_BT=stack([row.labels_T for row in rows], IGNORED_LABEL),
+        positions_BT=stack([row.positions_T for row in rows], 0),
         documents_BT=documents_BT,
         document_offsets=document_offsets(documents_BT),
         rows_B=torch.tensor([number for number, _ in numbered_rows]),
@@ -113,5 +115,6 @@ def document_offsets(documents_BT: Tensor) -> Tensor:
     return offsets
 
 
-def _stack(values_T: Sequence[Tensor], padding: int, value: int) -> Tensor:
-    return F.pad(torch.stack(list(values_T)), (0, padding), value=value)
+def _stack(values_T: Sequence[Tensor], value: int, *, pad_to_multiple: int) -> Tensor:
+    stacked_BT = pad_sequence(list(values_T), batch_first=True, padding_value=value)
+    return F.pad(stacked_BT, (0, -stacked_BT.shape[1] % pad_to_multiple), value=value)

@@ -19,7 +19,15 @@ CHAT_KEYS = {
 }
 
 DEFAULT_BUFFER_SIZE = 10_000
-LEAST = {"stride": 0, "num_processes": 0, "dummy_tokens": 1, "shuffle_buffer_size": 1}
+BATCH_KEYS = {"pad_to_multiple": 8, "largest_batch_first": False}
+LEAST = {
+    "stride": 0,
+    "batch_tokens": 0,
+    "pad_to_multiple": 1,
+    "num_processes": 0,
+    "dummy_tokens": 1,
+    "shuffle_buffer_size": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,6 +194,19 @@ class DataConfig:
     there, leave it out, cut it into several that do not see each other, or stop. Each is counted
     in the log."""
 
+    batch_tokens: int = 0
+    """Most tokens of one microbatch on one data-parallel rank under packing "none", padding
+    included: documents of similar length share a batch, padded to the longest of it. 0 is off:
+    `training.local_batch_size` rows, padded to `training.seq_len`. What counts rows elsewhere
+    counts such batches then, as `training.global_batch_size`."""
+
+    pad_to_multiple: int = 8
+    """Under `batch_tokens` batches are padded to a length that is a multiple of this."""
+
+    largest_batch_first: bool = False
+    """Under `batch_tokens` the first step takes the batches with most tokens, so that memory runs
+    out there or never."""
+
     streaming: bool = False
     """Read records when they are needed, instead of tokenising them all first. Then the order is
     shuffled within a buffer only, and a resumed run reads from the beginning again. Validation rows
@@ -216,6 +237,7 @@ class DataConfig:
         self._check_shares()
         self._check_chat_keys()
         self._check_streaming()
+        self._check_batch_keys()
         others = ("last_row", "stride") if self.packing != "concat" else ("long_document",)
         default = {"last_row": "keep", "stride": 0, "long_document": "truncate"}
         for name in others:
@@ -284,3 +306,22 @@ class DataConfig:
             raise ValueError(
                 f"data.system_prompt_rate = {self.system_prompt_rate}; give a share from 0 to 1"
             )
+
+    def _check_batch_keys(self) -> None:
+        if self.batch_tokens and self.packing != "none":
+            raise ValueError(
+                f"data.batch_tokens = {self.batch_tokens} has no meaning with data.packing = "
+                f"{self.packing!r}, whose rows are full; set data.packing = 'none', or remove it"
+            )
+        if self.batch_tokens and (self.sources or self.streaming):
+            raise ValueError(
+                f"data.batch_tokens = {self.batch_tokens} needs the lengths of all documents, which "
+                "neither data.sources nor data.streaming can give; set data.batch_tokens = 0, or "
+                "name one prepared source as training.dataset"
+            )
+        for name, default in BATCH_KEYS.items():
+            if not self.batch_tokens and (value := getattr(self, name)) != default:
+                raise ValueError(
+                    f"data.{name} = {value!r} has no meaning with data.batch_tokens = 0; remove "
+                    "it, or give the tokens of a batch"
+                )

@@ -7,9 +7,10 @@ and workers. Where ranks cannot share a step's rows evenly, fillers make up what
 
 import atexit
 import itertools
+import math
 import signal
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -124,7 +125,7 @@ def train_batches(
     """Yield one rank's microbatches without end, from the step that begins at `start_row`.
 
     Each step owns the next G global rows, G being `global_batch_size`; `Dealing` says which rank
-    has which of them.
+    has which of them. Where the rows come in batches, all of these count batches.
     """
     dealing = Dealing.of(
         local_batch_size=local_batch_size,
@@ -160,10 +161,11 @@ def validation_batches(
     Every rank gets the same number of batches, at most `steps` unless that is -1; what is missing
     at the end are filler rows with number -1, which have no label.
     """
-    num_batches = -(-rows.rows_per_epoch // (local_batch_size * batch_degree))
+    num_units = rows.batches.batches_per_epoch if rows.batches else rows.rows_per_epoch
+    num_batches = -(-num_units // (local_batch_size * batch_degree))
     deal = _Deal(
         start=0,
-        num_rows=rows.rows_per_epoch,
+        num_rows=num_units,
         num_passes=1,
         num_batches=num_batches if steps < 0 else min(steps, num_batches),
         size=local_batch_size,
@@ -202,32 +204,48 @@ class _Deal:
                 yield [begin + n if n < self.num_rows else FILLER for n in places]
 
 
-class _NumberedRows(Dataset[tuple[int, Row]]):
+class _Units(Dataset[list[tuple[int, Row]]]):
+    """What loaders count: single rows, or batches of them, each row with its global number."""
+
     def __init__(self, rows: RowSource) -> None:
         self._rows = rows
 
-    def __getitem__(self, index: int) -> tuple[int, Row]:
+    def __getitem__(self, index: int) -> list[tuple[int, Row]]:
+        batches = self._rows.batches
         if index == FILLER:
-            return FILLER, _filler(self._rows.seq_len)
-        return index, self._rows.row(index)
+            return [(FILLER, _filler(1 if batches else self._rows.seq_len))]
+        numbers = batches.rows(index) if batches else [index]
+        return [(number, self._rows.row(number)) for number in numbers]
+
+
+def _collate_units(
+    units: Sequence[list[tuple[int, Row]]], *, one_document_per_row: bool, pad_to_multiple: int
+) -> Batch:
+    return collate(
+        [numbered for unit in units for numbered in unit],
+        one_document_per_row=one_document_per_row,
+        pad_to_multiple=pad_to_multiple,
+    )
 
 
 def _batches(
     rows: RowSource, deal: _Deal, dataloader: DataloaderConfig, pad_to_multiple: int
 ) -> Iterator[Batch]:
     workers = dataloader.num_workers
-    first = next(iter(deal), [FILLER])[0]
+    units = _Units(rows)
     # A stream is for the worker alone to open, and gains nothing from rows read here.
-    if workers and first != FILLER and not isinstance(rows, StreamedRows):
-        rows.row(first)  # before the fork, so that workers share the epoch's document order
+    if workers and not isinstance(rows, StreamedRows):
+        units[next(iter(deal), [FILLER])[0]]  # before the fork: workers share the epoch's order
+    if rows.batches:
+        pad_to_multiple = math.lcm(pad_to_multiple, rows.batches.pad_to_multiple)
     with warnings.catch_warnings():
         # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message=".*set_vital")
         loader = StatefulDataLoader(
-            _NumberedRows(rows),
+            units,
             batch_sampler=deal,
             collate_fn=partial(
-                collate,
+                _collate_units,
                 one_document_per_row=rows.one_document_per_row,
                 pad_to_multiple=pad_to_multiple,
             ),

@@ -167,6 +167,8 @@ class MixedRows:
     Each source's own rows come in its own order, epoch after epoch.
     """
 
+    batches = None
+
     def __init__(
         self,
         sources: Sequence[RowSource],
@@ -239,6 +241,7 @@ class NumberedRows:
         self.vocab_size = rows.vocab_size
         self.rows_per_epoch = rows.rows_per_epoch
         self.tokens_per_epoch = rows.tokens_per_epoch
+        self.batches = rows.batches
         self.one_document_per_row = one_document_per_row
         self.fingerprint = rows.fingerprint
 

@@ -42,7 +42,7 @@ class SourceReport:
     """Tokens that the rows of an epoch hold."""
 
     row_places: int
-    """Rows times their length."""
+    """Tokens that they have places for, padding included."""
 
     num_empty: int
     num_untrained: int
@@ -83,7 +83,11 @@ def report_of(rows: TokenRows) -> SourceReport:
         max_length=int(lengths.max()),
         num_rows=packing.rows_per_epoch,
         row_tokens=packing.tokens_per_epoch,
-        row_places=packing.rows_per_epoch * rows.seq_len,
+        row_places=(
+            rows.batches.padded_tokens_per_epoch
+            if rows.batches
+            else packing.rows_per_epoch * rows.seq_len
+        ),
         num_empty=facts.num_empty,
         num_untrained=facts.num_untrained,
         num_bad=facts.num_bad,

@@ -13,15 +13,18 @@ import torch
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Row
 from engine.data.cache import digest_of
+from engine.data.length_batches import LengthBatches
 from engine.data.packing import OneDocumentPacking, Packing, mix_words
 from engine.data.slices import Slice
 from engine.data.token_file import TokenFile
 
 
 class RowSource(Protocol):
-    """Endless rows of one length; `row(i)` is the same on every rank, worker and run."""
+    """Endless rows; `row(i)` is the same on every rank, worker and run."""
 
     seq_len: int
+    """Tokens of every row; of the longest where there are `batches`."""
+
     rows_per_epoch: int
     """More than any run reads, where the source is a stream whose length nobody knows."""
 
@@ -39,6 +42,12 @@ class RowSource(Protocol):
 
     fingerprint: str
     """Digest of everything that decides the rows, for a run's provenance."""
+
+    @property
+    def batches(self) -> LengthBatches | None:
+        """Which rows make a batch, where their lengths decide that: loaders then deal batches
+        instead of rows. None where all rows have the same length."""
+        ...
 
     def row(self, index: int) -> Row:
         """Return the row with a global number, counted over all epochs."""
@@ -96,7 +105,8 @@ class TokenRows:
     ) -> None:
         self._file = file
         self._packing = packing
-        self.one_document_per_row = isinstance(packing, OneDocumentPacking)
+        self.batches = packing if isinstance(packing, LengthBatches) else None
+        self.one_document_per_row = isinstance(packing, OneDocumentPacking | LengthBatches)
         self.seq_len = seq_len
         self.rows_per_epoch = packing.rows_per_epoch
         self.tokens_per_epoch = packing.tokens_per_epoch
@@ -105,11 +115,15 @@ class TokenRows:
         self.fingerprint = fingerprint
 
     def row(self, index: int) -> Row:
-        """Return a row: its documents numbered from 1, and padding behind them."""
+        """Return a row: its documents numbered from 1, and padding up to `seq_len` behind them.
+
+        Rows of `batches` have none: it is the batch that they are padded for.
+        """
         plan = self._packing.plan(*divmod(index, self.rows_per_epoch))
+        held = sum(part.stop - part.start for part in plan.slices)
         return assemble(
             [self._part(one) for one in plan.slices],
-            seq_len=self.seq_len,
+            seq_len=held if self.batches else self.seq_len,
             num_counted_labels=plan.num_counted_labels,
         )
 
@@ -138,6 +152,7 @@ class DummyRows:
     """Random tokens, one document a row, a function of the seed and the row's number alone."""
 
     one_document_per_row = True
+    batches = None
 
     def __init__(self, *, seq_len: int, vocab_size: int, num_tokens: int, seed: int) -> None:
         self.seq_len = seq_len

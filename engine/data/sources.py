@@ -6,6 +6,7 @@ from engine.data.best_fit import BestFitPacking
 from engine.data.cache import cache_root, digest_of
 from engine.data.chat_templates import template_text
 from engine.data.config import DataConfig, SourceConfig
+from engine.data.length_batches import LengthBatches
 from engine.data.named_sources import open_reader
 from engine.data.packing import ConcatPacking, OneDocumentPacking, Packing
 from engine.data.rows import DummyRows, RowSource, TokenRows
@@ -29,11 +30,13 @@ def open_rows(
     config: DataConfig,
     shuffle: bool,
     source: SourceConfig | None = None,
+    num_largest_first: int = 0,
 ) -> RowSource:
     """Return the rows of a dataset; a machine's first rank tokenises it, the others wait.
 
     `dataset` and `dataset_path` are those of `open_reader`, or `dummy`. `source` is the table that
-    names them, where they are one of several.
+    names them, where they are one of several. `num_largest_first` is that of `LengthBatches`, for
+    `data.batch_tokens`.
     """
     source_name = source.name if source else ""
     text_format = (source and source.format) or config.format
@@ -66,16 +69,32 @@ def open_rows(
     )
     if text_format == "chat" and config.packing == "concat":
         log.warning("%s: chats are cut where a row ends; data.packing = 'best_fit' cuts none", name)
-    packing = _open_packing(file, name, seq_len=seq_len, seed=seed, config=config, shuffle=shuffle)
-    settings = (config.packing, config.stride, config.last_row, config.long_document)
+    packing = _open_packing(
+        file,
+        name,
+        seq_len=seq_len,
+        seed=seed,
+        config=config,
+        shuffle=shuffle,
+        num_largest_first=num_largest_first,
+    )
+    order = _order(config, num_largest_first)
     return TokenRows(
         file,
         packing,
         name=name,
         seq_len=seq_len,
         vocab_size=tokenizer.vocab_size,
-        fingerprint=digest_of(file.digest, seq_len, seed if shuffle else None, *settings),
+        fingerprint=digest_of(file.digest, seq_len, seed if shuffle else None, *order),
     )
+
+
+def _order(config: DataConfig, num_largest_first: int) -> tuple[object, ...]:
+    """Return the settings that decide which documents a row has, and the order of rows."""
+    settings = (config.packing, config.stride, config.last_row, config.long_document)
+    if not config.batch_tokens:
+        return settings
+    return (*settings, config.batch_tokens, config.pad_to_multiple, num_largest_first)
 
 
 def stream_rows(
@@ -143,13 +162,21 @@ def _recipe(config: DataConfig, seed: int, text_format: str, text_field: str) ->
 
 
 def _open_packing(
-    file: TokenFile, name: str, *, seq_len: int, seed: int, config: DataConfig, shuffle: bool
+    file: TokenFile,
+    name: str,
+    *,
+    seq_len: int,
+    seed: int,
+    config: DataConfig,
+    shuffle: bool,
+    num_largest_first: int,
 ) -> Packing:
     if config.stride > seq_len:
         raise ValueError(
             f"data.stride = {config.stride} is longer than a row of {seq_len} tokens, so text "
             "would be passed over; use 0 or at most the row's length"
         )
+    batches: LengthBatches | None = None
     if config.packing == "concat":
         packing: Packing = ConcatPacking(
             file.offsets,
@@ -172,21 +199,38 @@ def _open_packing(
         note = slices.summary
         if config.packing == "best_fit":
             packing = BestFitPacking(slices, seq_len=seq_len, seed=seed, shuffle=shuffle)
+        elif config.batch_tokens:
+            packing = batches = LengthBatches(
+                slices,
+                batch_tokens=config.batch_tokens,
+                pad_to_multiple=config.pad_to_multiple,
+                seed=seed,
+                shuffle=shuffle,
+                num_largest_first=num_largest_first,
+            )
         else:
             packing = OneDocumentPacking(slices, seed=seed, shuffle=shuffle)
-    if packing.rows_per_epoch == 0:
-        remedy = (
-            "give more text, lower training.seq_len, or set data.last_row = 'keep'"
-            if config.packing == "concat"
-            else "raise training.seq_len, or set data.long_document = 'truncate' or 'split'"
-        )
-        raise ValueError(
-            f"{name}: its {len(file.tokens):,} tokens fill no row of {seq_len:,}; {remedy}"
-        )
-    fill = packing.tokens_per_epoch / (packing.rows_per_epoch * seq_len)
+    _check_packing(packing, file, name, seq_len=seq_len, config=config)
+    fill = f"of {seq_len:,} tokens, fill "
+    fill += f"{packing.tokens_per_epoch / (packing.rows_per_epoch * seq_len):.4f}"
     log.info(
-        "%s: packing %s puts %s documents in %s rows of %s tokens, fill %.4f; %s",
-        *(name, config.packing, f"{len(file.offsets) - 1:,}"),
-        *(f"{packing.rows_per_epoch:,}", f"{seq_len:,}", fill, note),
+        "%s: packing %s puts %s documents in %s rows %s; %s",
+        *(name, config.packing, f"{len(file.offsets) - 1:,}", f"{packing.rows_per_epoch:,}"),
+        *(batches.summary if batches else fill, note),
     )
     return packing
+
+
+def _check_packing(
+    packing: Packing, file: TokenFile, name: str, *, seq_len: int, config: DataConfig
+) -> None:
+    if packing.rows_per_epoch:
+        return
+    remedy = (
+        "give more text, lower training.seq_len, or set data.last_row = 'keep'"
+        if config.packing == "concat"
+        else "raise training.seq_len, or set data.long_document = 'truncate' or 'split'"
+    )
+    raise ValueError(
+        f"{name}: its {len(file.tokens):,} tokens fill no row of {seq_len:,}; {remedy}"
+    )

@@ -58,7 +58,8 @@ class StreamedRows:
     read from the beginning again.
     """
 
-    rows_per_epoch = ENDLESS
+    rows_per_epoch = tokens_per_epoch = ENDLESS
+    batches = None
 
     def __init__(
         self,

@@ -210,7 +210,9 @@ FROM_HF = {
     **rows(f"{CHECKPOINT}Checkpointer.load", checkpoint__initial_load_allow=["model.norm.weight"]),
     **rows(f"{LOOP}fit", checkpoint__create_seed_checkpoint=True),
     **rows(f"{BUILD}precision_of", training__mixed_precision_param="float32"),
-    **rows(OPEN_PACKING, data__packing="best_fit", data__long_document="split"),
+    **rows(OPEN_PACKING, data__packing="none", data__long_document="split"),
+    **rows(OPEN_PACKING, data__batch_tokens=48, data__pad_to_multiple=12),
+    **rows(f"{BUILD}_open_training_rows", data__largest_batch_first=True),
 }
 """A start from the first one's export."""
 

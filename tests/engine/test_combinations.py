@@ -1,6 +1,6 @@
 """The table of what cannot be combined: every row is driven, and allowed neighbours pass."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -13,23 +13,7 @@ from engine.model import find_architecture
 from engine.rules import Facts, gather_facts
 from engine.schema import leaves
 from parallelisms.mesh import ParallelConfig, ParallelDims
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A configuration that one rule refuses, and a neighbour that nothing refuses.
-
-    The model is the debugmodel: 4 blocks, 8 query and 4 key/value heads, 4096 tokens.
-    """
-
-    refused: str
-    """Options; `--section.key` is written `section.key`."""
-
-    allowed: str
-    world_size: int = 1
-    facts: dict[str, Any] = field(default_factory=dict)
-    allowed_facts: dict[str, Any] = field(default_factory=dict)
-
+from tests.engine.combination_cases import BUDGET_CASES, Case
 
 TP2 = "parallelism.tensor_parallel_degree=2"
 ASYNC_TP = f"{TP2} parallelism.enable_async_tensor_parallel"
@@ -64,6 +48,7 @@ CASES = {
         allowed=f"training.global_batch_size=3 {TP2}",
         world_size=4,
     ),
+    **BUDGET_CASES,
     "heads_that_ulysses_does_not_divide": Case(
         refused=f"{TP2} parallelism.context_parallel_degree=8 {ULYSSES}",
         allowed=f"{TP2} {CP4} {ULYSSES}",

@@ -20,6 +20,7 @@ from engine.step import (
     StepReport,
     TrainingConfig,
     accumulate_gradients,
+    added_up,
     measure,
     sum_globally,
     train_step,
@@ -326,8 +327,10 @@ def test_a_step_that_is_not_finite_stops_the_run_and_names_the_step(ranks: RankP
 def gradients(rank: int, world_size: int, case: Case) -> tuple[float, dict[str, Tensor]]:
     trainer = make_trainer(case, local_batch_size=1 if world_size > 1 else ROWS_PER_STEP)
     batches = [next(trainer.batches) for _ in range(trainer.microbatches)]
-    counts = sum_globally([measure(b, trainer.objective) for b in batches], trainer.dims, "batch")
-    sums = sum_globally(accumulate_gradients(trainer, batches, counts), trainer.dims, "loss")
+    parts = [measure(b, trainer.objective, num_sources=1) for b in batches]
+    counts = added_up(sum_globally(parts, trainer.dims, "batch"))
+    parts = accumulate_gradients(trainer, batches, counts)
+    sums = added_up(sum_globally(parts, trainer.dims, "loss"))
     loss = float(combine(sums, counts, trainer.objective.coefficients))
     named = trainer.model.named_parameters()
     found = {name: p.grad for name, p in named if p.grad is not None}

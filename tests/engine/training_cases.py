@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row
 from engine.data.loader import DataloaderConfig, Dealing, train_batches, validation_batches
+from engine.data.rows import RowSource
 from engine.health import NonFinitePolicy
 from engine.neftune import EmbeddingNoise
 from engine.objectives.pretrain import build as build_pretrain
@@ -37,6 +38,7 @@ class RaggedRows:
     source_names: tuple[str, ...] = ("ragged",)
     fingerprint: str = "ragged"
     one_document_per_row: bool = False
+    batches: None = None
 
     def row(self, index: int) -> Row:
         generator = torch.Generator().manual_seed(index)
@@ -71,7 +73,8 @@ def make_trainer(
     action: str = "stop",
     frozen: tuple[str, ...] = (),
     optimizer: OptimizerConfig = SMOOTH,
-    rows: RaggedRows | None = None,
+    rows: RowSource | None = None,
+    per_step: int = ROWS_PER_STEP,
 ) -> Trainer:
     """Build the trainer of one rank; a step has the same rows and noise on any layout."""
     noise = EmbeddingNoise(
@@ -81,13 +84,13 @@ def make_trainer(
     rows = rows or RaggedRows()
     dealing = Dealing.of(
         local_batch_size=local_batch_size,
-        global_batch_size=ROWS_PER_STEP,
+        global_batch_size=per_step,
         batch_degree=dims.batch_degree,
     )
     batches = train_batches(
         rows,
         local_batch_size=local_batch_size,
-        global_batch_size=ROWS_PER_STEP,
+        global_batch_size=per_step,
         batch_rank=dims.batch_rank,
         batch_degree=dims.batch_degree,
         start_row=0,
@@ -102,7 +105,7 @@ def make_trainer(
         nonfinite=NonFinitePolicy(action, gather=lambda text: [text]),  # pyright: ignore[reportArgumentType]
         dims=dims,
         device=torch.device("cpu"),
-        rows_per_step=ROWS_PER_STEP,
+        rows_per_step=per_step,
         microbatches=dealing.microbatches,
         max_norm=0.5,
         source_names=rows.source_names,

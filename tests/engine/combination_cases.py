@@ -1,0 +1,47 @@
+"""What a case of the table of combinations is, and the cases of batches under a budget."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A configuration that one rule refuses, and a neighbour that nothing refuses.
+
+    The model is the debugmodel: 4 blocks, 8 query and 4 key/value heads, 4096 tokens.
+    """
+
+    refused: str
+    """Options; `--section.key` is written `section.key`."""
+
+    allowed: str
+    world_size: int = 1
+    facts: dict[str, Any] = field(default_factory=dict)
+    allowed_facts: dict[str, Any] = field(default_factory=dict)
+
+
+BUDGET = "data.packing=none data.batch_tokens=4096 training.local_batch_size=1"
+SHARED = "parallelism.context_parallel_degree=4 parallelism.tensor_parallel_degree=2"
+
+BUDGET_CASES = {
+    "several_budgets_in_a_microbatch": Case(
+        refused="data.packing=none data.batch_tokens=4096", allowed=BUDGET
+    ),
+    "several_budgets_in_a_validation_microbatch": Case(
+        refused=f"{BUDGET} validation.enable",
+        allowed=f"{BUDGET} validation.enable validation.local_batch_size=1",
+    ),
+    "budget_smaller_than_a_row": Case(
+        refused=f"{BUDGET} training.seq_len=4089 data.pad_to_multiple=24",
+        allowed=f"{BUDGET} training.seq_len=4089",
+    ),
+    "batches_whose_length_ranks_cannot_share": Case(
+        refused=f"{BUDGET} {SHARED}",
+        allowed=f"{BUDGET} {SHARED} data.pad_to_multiple=16",
+        world_size=8,
+    ),
+    "budget_for_dummy_tokens": Case(
+        refused=f"{BUDGET} training.dataset=dummy", allowed="training.dataset=dummy"
+    ),
+}
+"""By rule."""
