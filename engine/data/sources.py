@@ -48,45 +48,43 @@ def open_rows(
             num_tokens=config.dummy_tokens,
             seed=int(digest_of(seed, split, *filter(None, [source_name]))[:8], 16),
         )
-    root = cache_root(config.cache_folder)
     name = source_name or " ".join(filter(None, (dataset, dataset_path, split)))
+    root = cache_root(config.cache_folder)
+    reader = open_reader(
+        dataset,
+        dataset_path,
+        split=split,
+        text_field=text_field,
+        # Plain text is one column of a table; other formats look at whole records.
+        only_text=text_format == "text",
+        root=root,
+        source=source,
+    )
     file = open_token_file(
-        open_reader(
-            dataset,
-            dataset_path,
-            split=split,
-            text_field=text_field,
-            # Plain text is one column of a table; other formats look at whole records.
-            only_text=text_format == "text",
-            root=root,
-            source=source,
-        ),
+        reader,
         name=name,
         tokenizer=tokenizer,
         recipe=_recipe(config, seed, text_format, text_field),
         root=root,
         num_processes=config.num_processes,
     )
-    if text_format == "chat" and config.packing == "concat":
-        log.warning("%s: chats are cut where a row ends; data.packing = 'best_fit' cuts none", name)
-    packing = _open_packing(
-        file,
-        name,
-        seq_len=seq_len,
-        seed=seed,
-        config=config,
-        shuffle=shuffle,
-        num_largest_first=num_largest_first,
-    )
+    if text_format == "chat":
+        _warn_of_cuts(name, config)
+    shuffle_seed = seed if shuffle else None
     order = _order(config, num_largest_first)
     return TokenRows(
         file,
-        packing,
+        _open_packing(file, name, seq_len, shuffle_seed, config, num_largest_first),
         name=name,
         seq_len=seq_len,
         vocab_size=tokenizer.vocab_size,
-        fingerprint=digest_of(file.digest, seq_len, seed if shuffle else None, *order),
+        fingerprint=digest_of(file.digest, seq_len, shuffle_seed, *order),
     )
+
+
+def _warn_of_cuts(name: str, config: DataConfig) -> None:
+    if config.packing == "concat":
+        log.warning("%s: chats are cut where a row ends; data.packing = 'best_fit' cuts none", name)
 
 
 def _order(config: DataConfig, num_largest_first: int) -> tuple[object, ...]:
@@ -164,13 +162,12 @@ def _recipe(config: DataConfig, seed: int, text_format: str, text_field: str) ->
 def _open_packing(
     file: TokenFile,
     name: str,
-    *,
     seq_len: int,
-    seed: int,
+    shuffle_seed: int | None,
     config: DataConfig,
-    shuffle: bool,
     num_largest_first: int,
 ) -> Packing:
+    seed, shuffle = shuffle_seed or 0, shuffle_seed is not None
     if config.stride > seq_len:
         raise ValueError(
             f"data.stride = {config.stride} is longer than a row of {seq_len} tokens, so text "
