@@ -171,6 +171,8 @@ class StepReport:
     """False where the step was skipped because its gradients were not finite."""
 
     rows: int
+    """Rows that the step read, fillers left out."""
+
     tokens: int
     """Tokens that the model read, padding left out."""
 
@@ -312,6 +314,7 @@ def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport
     told = {
         "loss": loss.unsqueeze(0),
         "grad_norm": norm.double().unsqueeze(0),
+        "rows": counts["rows"],
         "tokens": counts["tokens"],
         "trained_tokens": counts["trained_tokens"],
         "squared_document_tokens": counts["squared_document_tokens"],
