@@ -118,6 +118,16 @@ CONTEXT_RULES = (
         remedy="use context_parallel_mode = 'ulysses', or model.attention = 'flex'",
     ),
     Rule(
+        id="angles_of_documents_that_ranks_share",
+        keys=("parallelism.context_parallel_degree", "model.flavor"),
+        applies=lambda f: f.cp > 1 and f.decoder is not None and f.decoder.rope.depends_on_length,
+        reason=(
+            "rotary embedding of type {f.decoder.rope.kind!r} depends on how long a document is, "
+            "and a rank sees only its part"
+        ),
+        remedy="set context_parallel_degree = 1",
+    ),
+    Rule(
         id="rotate_method_that_another_mode_overrules",
         keys=("parallelism.context_parallel_rotate_method", "parallelism.context_parallel_mode"),
         applies=lambda f: (

@@ -99,9 +99,13 @@ def find_architecture(config: ModelConfig) -> Architecture:
                 f"model.name = {config.name!r}, but {folder}/config.json is of the family "
                 f"{family.name!r}; set model.name = {family.name!r}"
             )
+        try:
+            sizes = family.config_from_hf(hf_config)
+        except ValueError as error:
+            raise ValueError(f"model.hf_assets_path = {folder!r}: {error}") from error
         return Architecture(
             family=family,
-            config=family.config_from_hf(hf_config),
+            config=sizes,
             origin=f"{folder}/config.json (model.flavor is ignored)",
         )
     family = load_family(config.name)

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from models.decoder import DecoderConfig, DecoderLM, decoder_plan
-from models.layers.rope import RopeConfig, rope_from_hf, rope_to_hf
+from models.layers.rope import RopeConfig
+from models.layers.rope_settings import rope_from_hf, rope_to_hf
 from models.registry import ModelFamily
 from models.weights import KeyMap
 

@@ -12,6 +12,7 @@ from engine.config import JobConfig, check
 from engine.model import find_architecture
 from engine.rules import Facts, gather_facts
 from engine.schema import leaves
+from models.layers.rope import RopeConfig
 from parallelisms.mesh import ParallelConfig, ParallelDims
 
 
@@ -88,6 +89,13 @@ CASES = {
         world_size=2,
         facts=CUDA | {"attention": "varlen"},
         allowed_facts=CUDA | {"attention": "varlen"},
+    ),
+    "angles_of_documents_that_ranks_share": Case(
+        refused=CP2,
+        allowed=CP2,
+        world_size=2,
+        facts={"rope": RopeConfig(theta=1e4, kind="dynamic", factor=2.0)},
+        allowed_facts={"rope": RopeConfig(theta=1e4, kind="yarn", factor=2.0)},
     ),
     "rotate_method_that_another_mode_overrules": Case(
         refused=f"{CP2} parallelism.context_parallel_rotate_method=alltoall",
