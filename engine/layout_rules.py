@@ -111,6 +111,16 @@ CONTEXT_RULES = (
         remedy="use another backend, or context_parallel_mode = 'allgather' or 'ulysses'",
     ),
     Rule(
+        id="ring_with_a_sliding_window",
+        keys=("parallelism.context_parallel_mode", "model.flavor"),
+        applies=lambda f: f.uses_context("ring") and f.decoder is not None and f.decoder.has_window,
+        reason=(
+            "the ring attends to whole pieces of a row, and the model sees only the newest "
+            "{f.decoder.sliding_window} tokens in some layers"
+        ),
+        remedy="use context_parallel_mode = 'allgather' or 'ulysses'",
+    ),
+    Rule(
         id="whole_rows_attended_where_keys_travel",
         keys=("parallelism.context_parallel_mode", "model.attention"),
         applies=lambda f: f.uses_context("allgather") and needs_whole_rows(f.attention),

@@ -1,7 +1,9 @@
 """The decoder that all dense families share, and its one parallel plan."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ DECODER_PLAN = ModelPlan(
     blocks=("model.layers.*",),
     last=("model.norm", "lm_head"),
     attention=("model.layers.*.self_attn.core",),
-    masks=("masks",),
+    masks=("masks.*",),
     tensor={
         "": "whole_output",
         "model.embed_tokens": "vocab_rows",
@@ -39,7 +41,12 @@ DECODER_PLAN = ModelPlan(
     },
 )
 
+HEAD_NORMS_PLAN = ModelPlan(tensor={"model.layers.*.self_attn.[qk]_norm": "per_head"})
 TIED_PLAN = DECODER_PLAN | ModelPlan(tied=(("model.embed_tokens.weight", "lm_head.weight"),))
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Types of attention of a block, in the words of config.json."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +88,18 @@ class DecoderConfig:
 
     attention_bias: bool = False
     """The four projections of attention have a bias."""
+
+    qkv_bias: bool = False
+    """The projections to queries, keys and values have a bias, whatever `attention_bias` says."""
+
+    qk_norm: bool = False
+    """Queries and keys are normalised over the channels of each head, before they are rotated."""
+
+    sliding_window: int | None = None
+    """Newest tokens that a query sees in layers of type sliding_attention, itself among them."""
+
+    layer_types: tuple[str, ...] = ()
+    """full_attention or sliding_attention for each block; empty is full_attention in all."""
 
     mlp_bias: bool = False
     """The three projections of the feed-forward layer have a bias."""
@@ -125,6 +144,40 @@ class DecoderConfig:
             raise ValueError(
                 f"model has head_dim = {self.head_dim}; rotary embedding needs an even number"
             )
+        self.rope.rotary_dim(self.head_dim)
+        self._check_layer_types()
+
+    def _check_layer_types(self) -> None:
+        if self.layer_types and len(self.layer_types) != self.num_layers:
+            raise ValueError(
+                f"model has layer_types for {len(self.layer_types)} blocks, but num_layers = "
+                f"{self.num_layers}; give one for each block"
+            )
+        for kind in self.layer_types:
+            if kind not in (FULL, SLIDING):
+                raise ValueError(
+                    f"model has layer_types with {kind!r}; the types are {FULL} and {SLIDING}"
+                )
+        if SLIDING in self.layer_types and (self.sliding_window or 0) < 1:
+            raise ValueError(
+                f"model has sliding_window = {self.sliding_window} and layers of type {SLIDING}; "
+                "give at least 1"
+            )
+
+    @property
+    def attention_types(self) -> tuple[str, ...]:
+        """Type of each block."""
+        return self.layer_types or (FULL,) * self.num_layers
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some blocks attend through a sliding window."""
+        return SLIDING in self.layer_types
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have a bias."""
+        return self.attention_bias or self.qkv_bias
 
 
 class Attention(nn.Module):
@@ -133,11 +186,16 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, width, bias=bias)
+        width, bias = config.hidden_size, config.has_qkv_bias
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias)
+        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, width, bias=config.attention_bias)
+        if config.qk_norm:
+            norm = partial(RMSNorm, config.head_dim, eps=config.norm_eps, kernels=config.kernels)
+            self.q_norm, self.k_norm = norm(), norm()
+        self.has_norms = config.qk_norm
         self.core = AttentionCore(config.attention)
         self.kernels: Kernels = config.kernels
 
@@ -154,6 +212,8 @@ class Attention(nn.Module):
         q_BTHC = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BSKC = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BSKC = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if self.has_norms:
+            q_BTHC, k_BSKC = self.q_norm(q_BTHC), self.k_norm(k_BSKC)
         q_BTHC, k_BSKC = rotate_both(q_BTHC, k_BSKC, rotary, kernels=self.kernels)
         if cache is not None:
             k_BSKC, v_BSKC = cache.append(k_BSKC, v_BSKC)
@@ -192,6 +252,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.attention_types = config.attention_types
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, kernels=config.kernels)
@@ -201,13 +262,17 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         *,
         rotary: Rotary,
-        mask: AttentionMask,
+        masks: Mapping[str, AttentionMask],
         cache: "KVCache | None" = None,
     ) -> Tensor:
-        """Return the hidden state of each token (B, T, D), in the dtype of the embedding."""
+        """Return the hidden state of each token (B, T, D), in the dtype of the embedding.
+
+        `masks` has one for each type of attention that a block has.
+        """
         x_BTD = self.embed_tokens(tokens_BT)
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
+            mask = masks[self.attention_types[index]]
             x_BTD = block(x_BTD, rotary=rotary, mask=mask, cache=layer_cache)
         return self.norm(x_BTD)
 
@@ -218,7 +283,14 @@ class DecoderLM(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.masks = AttentionMasks(config.attention, head_dim=config.head_dim)
+        windows = {FULL: None, SLIDING: config.sliding_window}
+        self.masks = nn.ModuleDict(
+            {
+                kind: AttentionMasks(config.attention, head_dim=config.head_dim, window=window)
+                for kind, window in windows.items()
+                if kind in config.attention_types
+            }
+        )
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
         self.model = Decoder(config)
         self.lm_head = LMHead(
@@ -250,13 +322,17 @@ class DecoderLM(nn.Module):
         A label of -100 scores 0. With a cache, keys and values of earlier calls are seen too.
         """
         keys = None if cache is None else cache.extend(positions_BT, documents_BT)
-        mask = self.masks(
-            positions_BT, documents_BT=documents_BT, document_offsets=document_offsets, keys=keys
-        )
-        x_BTD = self.model(tokens_BT, rotary=self.rotary(positions_BT), mask=mask, cache=cache)
+        documents: dict[str, Any] = {
+            "documents_BT": documents_BT,
+            "document_offsets": document_offsets,
+            "keys": keys,
+        }
+        masks = {kind: make(positions_BT, **documents) for kind, make in self.masks.items()}
+        x_BTD = self.model(tokens_BT, rotary=self.rotary(positions_BT), masks=masks, cache=cache)
         return self.lm_head(x_BTD, labels_BT=labels_BT)
 
 
 def decoder_plan(config: DecoderConfig) -> ModelPlan:
-    """Return the plan of the shared decoder, with the tied pair where there is one."""
-    return TIED_PLAN if config.tie_word_embeddings else DECODER_PLAN
+    """Return the plan of the shared decoder, with head norms and a tied pair where there are."""
+    plan = TIED_PLAN if config.tie_word_embeddings else DECODER_PLAN
+    return plan | HEAD_NORMS_PLAN if config.qk_norm else plan

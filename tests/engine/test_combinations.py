@@ -41,6 +41,13 @@ RING = "parallelism.context_parallel_mode=ring"
 NO_LSE = "tests.engine.attention_without_lse"
 LIGER = "model.kernels=liger"
 CUDA: dict[str, Any] = {"device_type": "cuda"}
+WINDOW = {"sliding_window": 9, "layer_types": ("sliding_attention",) * 4}
+DYNAMIC, YARN = ({"rope": RopeConfig(theta=1e4, kind=kind)} for kind in ("dynamic", "yarn"))
+
+
+def facts_of(both: dict[str, Any]) -> dict[str, Any]:
+    return {"facts": both, "allowed_facts": both}
+
 
 CASES = {
     "degrees_that_do_not_divide_the_ranks": Case(
@@ -80,22 +87,19 @@ CASES = {
         refused=f"{CP2} {RING}",
         allowed=f"{CP2} parallelism.context_parallel_mode=allgather",
         world_size=2,
-        facts={"attention": NO_LSE},
-        allowed_facts={"attention": NO_LSE},
+        **facts_of({"attention": NO_LSE}),
+    ),
+    "ring_with_a_sliding_window": Case(
+        refused=f"{CP2} {RING}", allowed=f"{CP2} {ULYSSES}", world_size=2, **facts_of(WINDOW)
     ),
     "whole_rows_attended_where_keys_travel": Case(
         refused=f"{CP2} model.attention=varlen",
         allowed=f"{CP2} model.attention=varlen {ULYSSES}",
         world_size=2,
-        facts=CUDA | {"attention": "varlen"},
-        allowed_facts=CUDA | {"attention": "varlen"},
+        **facts_of(CUDA | {"attention": "varlen"}),
     ),
     "angles_of_documents_that_ranks_share": Case(
-        refused=CP2,
-        allowed=CP2,
-        world_size=2,
-        facts={"rope": RopeConfig(theta=1e4, kind="dynamic", factor=2.0)},
-        allowed_facts={"rope": RopeConfig(theta=1e4, kind="yarn", factor=2.0)},
+        refused=CP2, allowed=CP2, world_size=2, facts=DYNAMIC, allowed_facts=YARN
     ),
     "rotate_method_that_another_mode_overrules": Case(
         refused=f"{CP2} parallelism.context_parallel_rotate_method=alltoall",
@@ -137,15 +141,13 @@ CASES = {
         refused=f"{ASYNC_TP} compile.enable compile.backend=aot_eager",
         allowed=f"{ASYNC_TP} compile.enable",
         world_size=2,
-        facts=CUDA,
-        allowed_facts=CUDA,
+        **facts_of(CUDA),
     ),
     "async_tensor_parallelism_without_sequence_parallelism": Case(
         refused=f"{ASYNC_TP} compile.enable parallelism.no_sequence_parallel",
         allowed=f"{ASYNC_TP} compile.enable",
         world_size=2,
-        facts=CUDA,
-        allowed_facts=CUDA,
+        **facts_of(CUDA),
     ),
     "memory_budget_without_compile": Case(
         refused="activation_checkpoint.mode=memory_budget",
@@ -158,8 +160,7 @@ CASES = {
     "compile_on_the_cpu_without_a_compiler": Case(
         refused="compile.enable",
         allowed="compile.enable compile.backend=aot_eager",
-        facts={"missing": frozenset({"a C++ compiler"})},
-        allowed_facts={"missing": frozenset({"a C++ compiler"})},
+        **facts_of({"missing": frozenset({"a C++ compiler"})}),
     ),
     "compile_on_the_gpu_without_triton": Case(
         refused="compile.enable",
@@ -182,15 +183,13 @@ CASES = {
     "liger_kernels_with_compile": Case(
         refused=f"{LIGER} compile.enable compile.components=loss",
         allowed=LIGER,
-        facts=CUDA,
-        allowed_facts=CUDA,
+        **facts_of(CUDA),
     ),
     "liger_kernels_with_tensor_parallelism": Case(
         refused=f"{LIGER} {TP2}",
         allowed=f"{LIGER} {CP2}",
         world_size=2,
-        facts=CUDA,
-        allowed_facts=CUDA,
+        **facts_of(CUDA),
     ),
     "compute_wider_than_the_stored_parameters": Case(
         refused="training.dtype=bfloat16 training.mixed_precision_param=float32",

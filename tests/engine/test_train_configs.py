@@ -21,6 +21,10 @@ WORLD_SIZES = {
     "llama3_8b_128k": (8, 512),
     "llama3_70b": (64,),
     "llama3_405b": (512,),
+    "mistral_7b": (8, 64),
+    "qwen2_1.5b": (1, 8),
+    "qwen3_8b": (8, 64),
+    "qwen3_8b_sft": (8, 64),
 }
 
 

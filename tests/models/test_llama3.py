@@ -9,7 +9,7 @@ from models.flops import parameter_counts
 from models.layers.rope import RopeConfig
 from models.registry import load_family
 from tests.models.tiny import TINY
-from tests.parity.llama_cases import llama_config
+from tests.parity.hf_cases import llama_config
 
 FAMILY = load_family("llama3")
 SHAPE = {

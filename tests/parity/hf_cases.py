@@ -1,4 +1,4 @@
-"""Random Llama models of transformers, and ours with the same weights and config.json."""
+"""Random models of transformers, and ours with the same weights and config.json."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from models.decoder import DecoderLM
 from models.registry import family_for_hf
@@ -31,6 +31,17 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [1.0, 3.0, 8.0, 20.0],
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+WINDOW = {"use_sliding_window": True, "sliding_window": 10}
+QWEN2 = {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+QWEN3 = {**QWEN2, "model_type": "qwen3"}
+MISTRAL = {"model_type": "mistral", "rope_theta": 1e4}
 # The released models differ in these settings; sizes are tiny.
 MODELS: dict[str, dict[str, Any]] = {
     "llama_2": {"num_key_value_heads": 4, "rope_scaling": None, "rms_norm_eps": 1e-6},
@@ -52,7 +63,20 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "linear_rope": {"rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "attention_bias": {"rope_theta": 10_000.0, "attention_bias": True},
+    "longrope": {"rope_theta": 1e4, "rope_scaling": LONGROPE, "head_dim": 8},
     "mlp_bias_tied": {"rope_theta": 1e4, "mlp_bias": True, "tie_word_embeddings": True},
+    "qwen2": {**QWEN2, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen2_window": {**QWEN2, **WINDOW, "max_window_layers": 1, "rope_scaling": YARN},
+    "qwen3": {**QWEN3, "tie_word_embeddings": True, "head_dim": 16},
+    "qwen3_window_bias": {
+        **QWEN3,
+        **WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "attention_bias": True,
+        "head_dim": 8,
+    },
+    "mistral": {**MISTRAL, "sliding_window": None, "head_dim": 16},
+    "mistral_window": {**MISTRAL, "sliding_window": 7},
 }
 
 
@@ -62,12 +86,13 @@ def llama_config(settings: Mapping[str, Any]) -> LlamaConfig:
     return LlamaConfig(**copy)
 
 
-def random_llama(name: str, **overrides: Any) -> Any:
+def random_model(name: str, **overrides: Any) -> Any:
     """Return transformers' model with random weights in fp32, norms and biases included."""
     torch.manual_seed(0)
-    config = llama_config({**SHAPE, **MODELS[name], **overrides})
+    settings: dict[str, Any] = json.loads(json.dumps({**SHAPE, **MODELS[name], **overrides}))
+    config = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
     config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config).float().eval()
+    model: Any = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
