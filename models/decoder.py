@@ -171,8 +171,9 @@ class DecoderConfig:
 
     @property
     def has_window(self) -> bool:
-        """Whether some blocks attend through a sliding window."""
-        return SLIDING in self.layer_types
+        """Whether some blocks see less than the longest rows that the model is meant for."""
+        window = self.sliding_window if SLIDING in self.layer_types else None
+        return window is not None and window < self.max_position_embeddings
 
     @property
     def has_qkv_bias(self) -> bool:

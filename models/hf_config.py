@@ -149,9 +149,9 @@ def read_windows(
 def write_windows(config: DecoderConfig) -> dict[str, object]:
     """Return what `read_windows` reads; transformers before 4.53 does not know layer_types."""
     types = config.attention_types
-    first = types.index(SLIDING) if config.has_window else config.num_layers
+    first = types.index(SLIDING) if SLIDING in types else config.num_layers
     return {
-        "use_sliding_window": config.has_window,
+        "use_sliding_window": SLIDING in types,
         "sliding_window": config.sliding_window,
         "max_window_layers": first,
         "layer_types": list(types),

@@ -126,7 +126,7 @@ def find_subject(model: str, device_type: str) -> tuple[Subject, str]:
 def shrink(config: DecoderConfig, num_tokens: int) -> tuple[DecoderConfig, str]:
     """Return the architecture at a size that any device trains, and what was changed."""
     values: dict[str, Any] = {"vocab_size": DEFAULTS["vocab"], **SHRUNK}
-    if config.has_window:
+    if config.layer_types:
         values["sliding_window"] = min(config.sliding_window or 0, num_tokens // WINDOWS_OF_A_ROW)
         # The last blocks, and first one of each type that these leave out.
         last = config.layer_types[-values["num_layers"] :]

@@ -213,18 +213,18 @@ class AttentionMasks(nn.Module):
         `keys` gives positions and documents of the keys where these are not the queries.
         """
         assert keys is None or not needs_whole_rows(self.backend), "refused where it is chosen"
+        key_positions_BS, key_documents_BS = keys or (positions_BT, documents_BT)
+        reaches_all = self.window is None or self.window >= key_positions_BS.shape[1]
+        window = None if reaches_all else self.window
         reason = unsupported_reason(
             self.backend,
             device_type=positions_BT.device.type,
             training=torch.is_grad_enabled(),
             head_dim=self.head_dim,
-            has_window=self.window is not None,
+            has_window=window is not None,
         )
         if reason is not None:
             raise ValueError(f"model.attention = {self.backend!r} cannot be used: {reason}")
-        key_positions_BS, key_documents_BS = keys or (positions_BT, documents_BT)
-        reaches_all = self.window is None or self.window >= key_positions_BS.shape[1]
-        window = None if reaches_all else self.window
         mask = AttentionMask(
             query_positions_BT=positions_BT,
             key_positions_BS=key_positions_BS,

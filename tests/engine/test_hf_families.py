@@ -14,7 +14,12 @@ from tests.models.tiny import random_tokens
 from tests.parity.hf_cases import MODELS, SHAPE, random_model
 
 FAMILIES = [name for name in MODELS if "model_type" in MODELS[name]]
-RESOLVED = {"rope_parameters", "rope_theta", "rope_scaling"}
+RESOLVED = {
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "original_max_position_embeddings",
+}
 """Written with every default filled in; tests/parity/test_transformers_rope.py compares them."""
 
 WITHOUT_EFFECT = {"_name_or_path", "dtype", "max_window_layers"}

@@ -19,6 +19,7 @@ BILLIONS = {
         "72B": 72.706,
     },
     "qwen3": {"0.6B": 0.596, "1.7B": 1.721, "4B": 4.022, "8B": 8.191, "14B": 14.768, "32B": 32.762},
+    "phi3": {"mini_4k": 3.821, "medium_4k": 13.960, "phi4": 14.660},
     "mistral": {"7B_v0.1": 7.242, "7B": 7.248, "12B": 12.248, "24B": 23.572},
 }
 """Numbers of parameters that huggingface.co counts in the files of the released models."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from models.decoder import DecoderLM
@@ -41,6 +42,7 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 WINDOW = {"use_sliding_window": True, "sliding_window": 10}
 QWEN2 = {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
+PHI3 = {"model_type": "phi3", "rope_theta": 1e4, "pad_token_id": None}
 MISTRAL = {"model_type": "mistral", "rope_theta": 1e4}
 # The released models differ in these settings; sizes are tiny.
 MODELS: dict[str, dict[str, Any]] = {
@@ -77,6 +79,18 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "mistral": {**MISTRAL, "sliding_window": None, "head_dim": 16},
     "mistral_window": {**MISTRAL, "sliding_window": 7},
+    "phi3": {**PHI3, "sliding_window": 9},
+    "phi3_longrope": {
+        **PHI3,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": LONGROPE["short_factor"],
+            "long_factor": LONGROPE["long_factor"],
+        },
+        "original_max_position_embeddings": 64,
+        "partial_rotary_factor": 0.7,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -106,9 +120,23 @@ def same_in_ours(theirs: Any, folder: Path) -> DecoderLM:
     hf_config = json.loads((folder / "config.json").read_text())
     family = family_for_hf(hf_config)
     ours = family.build(family.config_from_hf(hf_config))
-    weights = dict(theirs.named_parameters())
+    weights = named_as_ours(dict(theirs.named_parameters()), ours, theirs.config.model_type)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             parameter.copy_(weights.pop(name))
     assert not weights, f"transformers has parameters that we lack: {sorted(weights)}"
     return ours
+
+
+def named_as_ours(
+    theirs: Mapping[str, Tensor], ours: DecoderLM, model_type: str
+) -> dict[str, Tensor]:
+    """Return tensors of transformers by our names, joined ones in their parts."""
+    sizes = {name: len(parameter) for name, parameter in ours.named_parameters()}
+    joined = family_for_hf({"model_type": model_type}).key_map(ours.config).joined
+    parts: dict[str, Tensor] = {}
+    for name, tensor in theirs.items():
+        names = joined.get(name, (name,))
+        rows = [sizes[n] for n in names] if name in joined else [len(tensor)]
+        parts |= dict(zip(names, tensor.split(rows), strict=True))
+    return parts

@@ -8,7 +8,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from models.layers.rope import RotaryEmbedding
 from models.registry import load_family
 from tests.models.tiny import gradients, random_tokens, worst_error
-from tests.parity.hf_cases import MODELS, SHAPE, llama_config, random_model, same_in_ours
+from tests.parity.hf_cases import (
+    MODELS,
+    SHAPE,
+    llama_config,
+    named_as_ours,
+    random_model,
+    same_in_ours,
+)
 
 FP32_REORDERED_SUM = 1e-5  # the same products, added up in another order
 ANGLES = 1e-6
@@ -36,7 +43,8 @@ def test_logits_and_every_gradient_equal_those_of_transformers(name, tmp_path):
 
     assert (logits - expected).abs().max() <= FP32_REORDERED_SUM * expected.abs().max()
     assert our_loss.item() == pytest.approx(loss.item(), rel=1e-6)
-    expected_gradients = {n: p.grad for n, p in theirs.named_parameters()}
+    their_gradients = {n: p.grad for n, p in theirs.named_parameters()}
+    expected_gradients = named_as_ours(their_gradients, ours, theirs.config.model_type)
     assert worst_error(gradients(ours), expected_gradients) <= FP32_REORDERED_SUM
 
 
