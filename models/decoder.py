@@ -1,19 +1,19 @@
 """The decoder that all dense families share, and its one parallel plan."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from models.attention import AttentionCore, AttentionMask, AttentionMasks
+from models.decoder_config import FULL, SLIDING, DecoderConfig
 from models.layers.head import LMHead
 from models.layers.liger import Kernels
 from models.layers.mlp import GatedMLP
 from models.layers.norm import RMSNorm
-from models.layers.rope import RopeConfig, Rotary, RotaryEmbedding, rotate_both
-from models.plan import ModelPlan
+from models.layers.rope import Rotary, RotaryEmbedding, rotate_both
+from models.plan import ModelPlan, Role
 
 if TYPE_CHECKING:
     from models.cache import KVCache, LayerCache
@@ -41,144 +41,7 @@ DECODER_PLAN = ModelPlan(
     },
 )
 
-HEAD_NORMS_PLAN = ModelPlan(tensor={"model.layers.*.self_attn.[qk]_norm": "per_head"})
 TIED_PLAN = DECODER_PLAN | ModelPlan(tied=(("model.embed_tokens.weight", "lm_head.weight"),))
-
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""Types of attention of a block, in the words of config.json."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderConfig:
-    """Shape of a decoder; a family file makes one from a size table or from a config.json."""
-
-    vocab_size: int
-    """Rows of the embedding."""
-
-    hidden_size: int
-    """Channels of a token between blocks."""
-
-    num_layers: int
-    """Blocks."""
-
-    num_heads: int
-    """Query heads."""
-
-    num_kv_heads: int
-    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
-
-    head_dim: int
-    """Channels of a head."""
-
-    intermediate_size: int
-    """Channels inside the feed-forward layer."""
-
-    rope: RopeConfig
-    """Rotary position embedding."""
-
-    max_position_embeddings: int
-    """Longest row in tokens that the model is meant for."""
-
-    norm_eps: float = 1e-5
-    """Added to the mean square before its root."""
-
-    tie_word_embeddings: bool = False
-    """The head is the embedding, one tensor."""
-
-    attention_bias: bool = False
-    """The four projections of attention have a bias."""
-
-    qkv_bias: bool = False
-    """The projections to queries, keys and values have a bias, whatever `attention_bias` says."""
-
-    qk_norm: bool = False
-    """Queries and keys are normalised over the channels of each head, before they are rotated."""
-
-    sliding_window: int | None = None
-    """Newest tokens that a query sees in layers of type sliding_attention, itself among them."""
-
-    layer_types: tuple[str, ...] = ()
-    """full_attention or sliding_attention for each block; empty is full_attention in all."""
-
-    mlp_bias: bool = False
-    """The three projections of the feed-forward layer have a bias."""
-
-    initializer_range: float = 0.02
-    """Standard deviation of initial values; see `models/initialise.py`."""
-
-    bos_token_id: int | None = None
-    """First token of a document."""
-
-    eos_token_id: int | tuple[int, ...] | None = None
-    """Last token of a document; generation stops at any of them."""
-
-    pad_token_id: int | None = None
-    """Filler token."""
-
-    attention: str = "sdpa"
-    """Attention backend, a file name of `models/attention/`."""
-
-    kernels: Kernels = "torch"
-    """What computes norms, SwiGLU, rotary embedding and the scores of labels; see
-    `models/layers/liger.py`."""
-
-    head_chunk_tokens: int = 4096
-    """Tokens whose logits the head holds at once when it scores labels."""
-
-    head_recompute_logits: bool = True
-    """Compute logits again in the backward when there are several chunks, instead of keeping
-    them: less memory, one more matrix product."""
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
-        for name in (*sizes, "head_dim", "intermediate_size", "head_chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model has {name} = {getattr(self, name)}; give at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model has num_heads = {self.num_heads}, which num_kv_heads = "
-                f"{self.num_kv_heads} does not divide; give a divisor"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"model has head_dim = {self.head_dim}; rotary embedding needs an even number"
-            )
-        self.rope.rotary_dim(self.head_dim)
-        self._check_layer_types()
-
-    def _check_layer_types(self) -> None:
-        if self.layer_types and len(self.layer_types) != self.num_layers:
-            raise ValueError(
-                f"model has layer_types for {len(self.layer_types)} blocks, but num_layers = "
-                f"{self.num_layers}; give one for each block"
-            )
-        for kind in self.layer_types:
-            if kind not in (FULL, SLIDING):
-                raise ValueError(
-                    f"model has layer_types with {kind!r}; the types are {FULL} and {SLIDING}"
-                )
-        if SLIDING in self.layer_types and (self.sliding_window or 0) < 1:
-            raise ValueError(
-                f"model has sliding_window = {self.sliding_window} and layers of type {SLIDING}; "
-                "give at least 1"
-            )
-
-    @property
-    def attention_types(self) -> tuple[str, ...]:
-        """Type of each block."""
-        return self.layer_types or (FULL,) * self.num_layers
-
-    @property
-    def has_window(self) -> bool:
-        """Whether some blocks see less than the longest rows that the model is meant for."""
-        window = self.sliding_window if SLIDING in self.layer_types else None
-        return window is not None and window < self.max_position_embeddings
-
-    @property
-    def has_qkv_bias(self) -> bool:
-        """Whether the projections to queries, keys and values have a bias."""
-        return self.attention_bias or self.qkv_bias
 
 
 class Attention(nn.Module):
@@ -193,10 +56,12 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, keys, bias=bias)
         self.v_proj = nn.Linear(width, keys, bias=bias)
         self.o_proj = nn.Linear(queries, width, bias=config.attention_bias)
-        if config.qk_norm:
-            norm = partial(RMSNorm, config.head_dim, eps=config.norm_eps, kernels=config.kernels)
-            self.q_norm, self.k_norm = norm(), norm()
-        self.has_norms = config.qk_norm
+        self.qk_norm = config.qk_norm
+        if config.qk_norm != "none":
+            widths = (queries, keys) if config.qk_norm == "width" else (config.head_dim,) * 2
+            self.q_norm, self.k_norm = (
+                RMSNorm(width, eps=config.norm_eps, kernels=config.kernels) for width in widths
+            )
         self.core = AttentionCore(config.attention)
         self.kernels: Kernels = config.kernels
 
@@ -209,11 +74,12 @@ class Attention(nn.Module):
         cache: "LayerCache | None" = None,
     ) -> Tensor:
         """Return what each token reads from the tokens that `mask` lets it see."""
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
         # Heads are counted by unflatten, since a rank may hold only some of them.
-        q_BTHC = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        k_BSKC = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BSKC = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        if self.has_norms:
+        q_BTHC, k_BSKC, v_BSKC = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        if self.qk_norm == "head":
             q_BTHC, k_BSKC = self.q_norm(q_BTHC), self.k_norm(k_BSKC)
         q_BTHC, k_BSKC = rotate_both(q_BTHC, k_BSKC, rotary, kernels=self.kernels)
         if cache is not None:
@@ -248,6 +114,34 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
+class PostNormBlock(nn.Module):
+    """Attention and feed-forward, each with a norm behind it and a residual around both.
+
+    Source: OLMo 2, arXiv:2501.00656, section 3.2.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, eps, kernels = config.hidden_size, config.norm_eps, config.kernels
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(width, eps=eps, kernels=kernels)
+        self.mlp = GatedMLP(width, config.intermediate_size, bias=config.mlp_bias, kernels=kernels)
+        self.post_feedforward_layernorm = RMSNorm(width, eps=eps, kernels=kernels)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        rotary: Rotary,
+        mask: AttentionMask,
+        cache: "LayerCache | None" = None,
+    ) -> Tensor:
+        """Return the tokens after this block."""
+        attended = self.self_attn(x_BTD, rotary=rotary, mask=mask, cache=cache)
+        x_BTD = x_BTD + self.post_attention_layernorm(attended)
+        return x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD))
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and final norm."""
 
@@ -255,7 +149,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.attention_types = config.attention_types
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        block = Block if config.norms == "before" else PostNormBlock
+        self.layers = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, kernels=config.kernels)
 
     def forward(
@@ -334,6 +229,15 @@ class DecoderLM(nn.Module):
 
 
 def decoder_plan(config: DecoderConfig) -> ModelPlan:
-    """Return the plan of the shared decoder, with head norms and a tied pair where there are."""
+    """Return the plan of the shared decoder with what the configuration changes in it."""
     plan = TIED_PLAN if config.tie_word_embeddings else DECODER_PLAN
-    return plan | HEAD_NORMS_PLAN if config.qk_norm else plan
+    roles: dict[str, Role] = dict(plan.tensor)
+    if config.qk_norm != "none":
+        roles["model.layers.*.self_attn.[qk]_norm"] = (
+            "per_head" if config.qk_norm == "head" else "across_columns"
+        )
+    if config.norms == "after":
+        roles["model.layers.*.post_feedforward_layernorm"] = roles.pop(
+            "model.layers.*.input_layernorm"
+        )
+    return replace(plan, tensor=roles)

@@ -12,6 +12,11 @@ from typing import NamedTuple
 from models.decoder import SLIDING, DecoderConfig
 
 FORWARD_AND_BACKWARD = 3
+NORMS = {
+    "before": ("input_layernorm", "post_attention_layernorm"),
+    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+"""Names of the two norms of a block."""
 
 
 class _Weight(NamedTuple):
@@ -33,13 +38,17 @@ def _weights(config: DecoderConfig) -> Iterator[_Weight]:
 
     for index in range(config.num_layers):
         block = f"model.layers.{index}"
-        yield _Weight(f"{block}.input_layernorm.weight", width, False)
+        first, second = NORMS[config.norms]
+        yield _Weight(f"{block}.{first}.weight", width, False)
         for name, outputs in (("q", queries), ("k", keys), ("v", keys)):
             yield from linear(f"{block}.self_attn.{name}_proj", width, outputs, config.has_qkv_bias)
-        for name in ("q_norm", "k_norm") if config.qk_norm else ():
-            yield _Weight(f"{block}.self_attn.{name}.weight", config.head_dim, False)
+        if config.qk_norm != "none":
+            whole = config.qk_norm == "width"
+            for name, channels in (("q", queries), ("k", keys)):
+                size = channels if whole else config.head_dim
+                yield _Weight(f"{block}.self_attn.{name}_norm.weight", size, False)
         yield from linear(f"{block}.self_attn.o_proj", queries, width, config.attention_bias)
-        yield _Weight(f"{block}.post_attention_layernorm.weight", width, False)
+        yield _Weight(f"{block}.{second}.weight", width, False)
         yield from linear(f"{block}.mlp.gate_proj", width, hidden, config.mlp_bias)
         yield from linear(f"{block}.mlp.up_proj", width, hidden, config.mlp_bias)
         yield from linear(f"{block}.mlp.down_proj", hidden, width, config.mlp_bias)

@@ -31,14 +31,14 @@ _QWEN = DecoderConfig(
     rope=RopeConfig(theta=1_000_000.0),
     max_position_embeddings=40_960,
     norm_eps=1e-6,
-    qk_norm=True,
+    qk_norm="head",
     bos_token_id=151_643,
     eos_token_id=151_645,
 )
 _SMALL = replace(_QWEN, num_layers=28, num_heads=16, tie_word_embeddings=True)
 FLAVORS = {
     # Ours: the sizes of llama3's debugmodel with heads wider than the model over their number.
-    "debugmodel": replace(LLAMA["debugmodel"], qk_norm=True, head_dim=32, norm_eps=1e-6),
+    "debugmodel": replace(LLAMA["debugmodel"], qk_norm="head", head_dim=32, norm_eps=1e-6),
     "0.6B": replace(_SMALL, hidden_size=1024, intermediate_size=3072),
     "1.7B": replace(_SMALL, hidden_size=2048, intermediate_size=6144),
     "4B": replace(_QWEN, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
@@ -53,7 +53,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     return _TYPE.read(
         hf,
         head_dim=hf.get("head_dim") or _HEAD_DIM,
-        qk_norm=True,
+        qk_norm="head",
         attention_bias=hf.get("attention_bias", False),
         **read_windows(hf, sliding_window=4096, max_window_layers=28),
     )

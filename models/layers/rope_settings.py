@@ -109,13 +109,12 @@ def _from_parameters(
             f"{ {key: parameters[key] for key in unknown} }; remove them if they have no effect"
         )
     values = {key: parameters[key] for key in keys if parameters.get(key) is not None}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     config = RopeConfig(
         theta=float(parameters.get("rope_theta") or theta),
         kind=kind,
         partial_rotary_factor=_fraction(parameters, hf_config, is_partial=is_partial),
-        **{
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        },
+        **fields,
     )
     return _with_context(config, parameters, values, hf_config)
 

@@ -1,17 +1,25 @@
 """A model of each family goes through our import and export; transformers finds it unchanged."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from engine import hf_io
-from models.registry import family_for_hf
+from engine.verify.case import Case
+from engine.verify.parity import build_case
+from engine.verify.subject import TINY
+from models.decoder_config import DecoderConfig
+from models.registry import family_for_hf, load_family
 from tests.engine.test_hf_io import stored
 from tests.models.tiny import random_tokens
 from tests.parity.hf_cases import MODELS, SHAPE, random_model
+from tests.ranks import RankPool
 
 FAMILIES = [name for name in MODELS if "model_type" in MODELS[name]]
 RESOLVED = {
@@ -26,6 +34,15 @@ WITHOUT_EFFECT = {"_name_or_path", "dtype", "max_window_layers"}
 """The last one beside layer_types."""
 
 
+def _assets(family_name: str, sizes: DecoderConfig) -> hf_io.HfAssets:
+    family = load_family(family_name)
+    return hf_io.HfAssets(
+        key_map=family.key_map(sizes),
+        config=family.config_to_hf(sizes),
+        save_tokenizer=lambda folder: None,
+    )
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_import_then_export_is_bit_equal_and_complete(name: str, tmp_path: Path) -> None:
     theirs = random_model(name)
@@ -35,12 +52,7 @@ def test_import_then_export_is_bit_equal_and_complete(name: str, tmp_path: Path)
     sizes = family.config_from_hf(hf_config)
     ours = family.build(sizes)
     hf_io.load_into(ours, tmp_path / "in", family.key_map(sizes))
-    assets = hf_io.HfAssets(
-        key_map=family.key_map(sizes),
-        config=family.config_to_hf(sizes),
-        save_tokenizer=lambda folder: None,
-    )
-    hf_io.export(ours, tmp_path / "out", assets, dtype=torch.float32)
+    hf_io.export(ours, tmp_path / "out", _assets(family.name, sizes), dtype=torch.float32)
 
     before, after = stored(tmp_path / "in"), stored(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -53,3 +65,46 @@ def test_import_then_export_is_bit_equal_and_complete(name: str, tmp_path: Path)
     tokens = random_tokens(1, 96, vocab_size=SHAPE["vocab_size"])
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+JOINED = replace(TINY, family_name="phi3")
+TP2 = Case(shard=2, tp=2)
+
+
+def _through(rank: int, world_size: int, source: Path, target: Path) -> dict[str, Tensor]:
+    """Import, export, and return the whole parameters that the model held in between."""
+    model, _ = build_case(TP2, subject=JOINED)
+    assets = _assets("phi3", JOINED.sizes(TP2))
+    hf_io.load_into(model, source, assets.key_map)
+    hf_io.export(model, target, assets, dtype=torch.float32)
+    parameters = dict(model.named_parameters()).items()
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in parameters}
+
+
+def test_joined_projections_are_cut_into_whole_heads_and_joined_again(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    settings: Any = load_family("phi3").config_to_hf(JOINED.sizes(TP2))
+    Phi3ForCausalLM(Phi3Config(**settings)).save_pretrained(tmp_path / "in")
+    held, *_ = ranks(4, _through, tmp_path / "in", tmp_path / "out")
+    before, after = stored(tmp_path / "in"), stored(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    block = "model.layers.1"
+    qkv = before[f"{block}.self_attn.qkv_proj.weight"].split([64, 32, 32])
+    gate_up = before[f"{block}.mlp.gate_up_proj.weight"].chunk(2)
+    for name, part in zip("qkv", qkv, strict=True):
+        assert torch.equal(held[f"{block}.self_attn.{name}_proj.weight"], part)
+    for name, part in zip(("gate", "up"), gate_up, strict=True):
+        assert torch.equal(held[f"{block}.mlp.{name}_proj.weight"], part)
+
+
+def test_a_joined_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    sizes = JOINED.sizes(TP2)
+    settings: Any = load_family("phi3").config_to_hf(replace(sizes, num_kv_heads=2))
+    Phi3ForCausalLM(Phi3Config(**settings)).save_pretrained(tmp_path)
+    model = load_family("phi3").build(sizes)
+    shapes = r"layers\.0\.self_attn\.qkv_proj.* has shape \(96, 32\), the model has \(128, 32\)"
+    with pytest.raises(ValueError, match=shapes):
+        hf_io.load_into(model, tmp_path, _assets("phi3", sizes).key_map)

@@ -22,6 +22,7 @@ WORLD_SIZES = {
     "llama3_70b": (64,),
     "llama3_405b": (512,),
     "mistral_7b": (8, 64),
+    "olmo2_1b": (1, 8),
     "phi3_mini": (2, 8),
     "qwen2_1.5b": (1, 8),
     "qwen3_8b": (8, 64),

@@ -22,7 +22,8 @@ SHAPES = {
     "tied": {"tie_word_embeddings": True},
     "wide_heads": {"num_kv_heads": 4, "head_dim": 16},
     "bias": {"attention_bias": True, "mlp_bias": True},
-    "qkv_bias_and_head_norms": {"qkv_bias": True, "qk_norm": True},
+    "qkv_bias_and_head_norms": {"qkv_bias": True, "qk_norm": "head"},
+    "norms_after_and_across_heads": {"norms": "after", "qk_norm": "width"},
 }
 
 

@@ -42,7 +42,8 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 WINDOW = {"use_sliding_window": True, "sliding_window": 10}
 QWEN2 = {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
-PHI3 = {"model_type": "phi3", "rope_theta": 1e4, "pad_token_id": None}
+NO_PAD = {"pad_token_id": None}  # else transformers gives the padding token no gradient
+PHI3 = {"model_type": "phi3", "rope_theta": 1e4, **NO_PAD}
 MISTRAL = {"model_type": "mistral", "rope_theta": 1e4}
 # The released models differ in these settings; sizes are tiny.
 MODELS: dict[str, dict[str, Any]] = {
@@ -79,6 +80,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "mistral": {**MISTRAL, "sliding_window": None, "head_dim": 16},
     "mistral_window": {**MISTRAL, "sliding_window": 7},
+    "olmo2": {"model_type": "olmo2", "rope_theta": 5e5, **NO_PAD},
     "phi3": {**PHI3, "sliding_window": 9},
     "phi3_longrope": {
         **PHI3,

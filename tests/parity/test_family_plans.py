@@ -17,7 +17,7 @@ EVERYTHING = replace(
     config=replace(
         TINY.config,
         qkv_bias=True,
-        qk_norm=True,
+        qk_norm="head",
         head_dim=16,
         sliding_window=4,
         layer_types=(FULL, SLIDING, SLIDING),
@@ -41,6 +41,16 @@ def run(rank: int, world_size: int, subject: Subject, case: Case) -> Comparison:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norms_biases_and_windows_in_each_layout(ranks: RankPool, case: Case) -> None:
     for result in ranks(case.world_size, run, EVERYTHING, case, timeout_seconds=280):
+        result.check()
+
+
+@pytest.mark.parametrize(
+    "case", [Case(shard=2, tp=2, checkpointing="full"), Case(tp=2, sequence=False)], ids=str
+)
+def test_norms_behind_and_across_heads_in_each_layout(ranks: RankPool, case: Case) -> None:
+    config = replace(TINY.config, norms="after", qk_norm="width", head_dim=16)
+    subject = replace(TINY, family_name="olmo2", config=config)
+    for result in ranks(case.world_size, run, subject, case):
         result.check()
 
 
