@@ -300,7 +300,9 @@ def _build_meter(
             linear_flops_per_token=linear_train_flops_per_token(
                 sizes, is_trainable=trained.__contains__
             ),
-            attention_flops=lambda squared: attention_train_flops(sizes, int(squared)),
+            attention_flops=lambda squared: attention_train_flops(
+                sizes, int(squared), longest_tokens=config.training.seq_len
+            ),
         ),
         peak_device_flops=device_peak_flops(world.device),
         total_steps=config.training.steps,

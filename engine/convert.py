@@ -33,6 +33,7 @@ from engine.hf_io import (
     FolderWriter,
     HfAssets,
     HfWeights,
+    join,
     read_generation_config,
     read_hf_config,
     refuse_other_weights,
@@ -40,7 +41,7 @@ from engine.hf_io import (
 from engine.manifest import Manifest, commit, refuse_small_disk, write_synced
 from engine.provenance import HF_PREFIX, checkpoint_files
 from models.registry import family_for_hf
-from models.weights import KeyMap
+from models.weights import KeyMap, Shape
 from parallelisms.materialise import materialise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,13 +95,12 @@ def checkpoint_to_hf(
     metadata = read_metadata(step)
     tensors = model_tensors(model)
     refuse_other_model(tensors, metadata, step, any_dtype=True)
-    stored = {hf: name for name in tensors if (hf := key_map.to_hf(name)) is not None}
-    shapes = {hf: tuple(tensors[name].shape) for hf, name in stored.items()}
+    shapes = key_map.shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     writer = FolderWriter(out, shapes, dtype, max_shard_bytes=max_shard_bytes)
     try:
         writer.open()
-        for hf, name in stored.items():
-            writer.add(hf, _read(name, step, metadata).to(dtype))
+        for hf, parts in key_map.parts(tensors).items():
+            writer.add(hf, join([_read(part, step, metadata).to(dtype) for part in parts]))
         writer.finish(_hf_files(step / HF_PREFIX, dtype))
     finally:
         writer.discard()
@@ -116,9 +116,8 @@ def hf_to_checkpoint(folder: Path, out: Path, dtype: torch.dtype) -> None:
     model, key_map = _empty_model(hf_config)
     weights = HfWeights(folder)
     tensors = {name: tensor.detach().to(dtype) for name, tensor in model_tensors(model).items()}
-    stored = {name: hf for name in tensors if (hf := key_map.to_hf(name)) is not None}
-    shapes = {hf: tuple(tensors[name].shape) for name, hf in stored.items()}
-    refuse_other_weights(weights, shapes, key_map)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    refuse_other_weights(weights, key_map.shapes(shapes), key_map)
     assets = HfAssets(
         key_map=key_map,
         config=hf_config,
@@ -135,7 +134,7 @@ def hf_to_checkpoint(folder: Path, out: Path, dtype: torch.dtype) -> None:
     refuse_small_disk(out.parent, count_bytes(tensors), f"write {out}")
     try:
         temporary.mkdir()
-        planner = _ReadingPlanner(weights, stored, dtype)
+        planner = _ReadingPlanner(weights, shapes, key_map, dtype)
         records = write_tensors(
             tensors, temporary, RankGroup(), planner=planner, one_file_per_tensor=True
         )
@@ -226,10 +225,15 @@ def _copy_tokenizer(folder: Path, target: Path) -> None:
 class _ReadingPlanner(DefaultSavePlanner):
     """Plans with meta tensors, and reads each from its file when its turn to be written comes."""
 
-    def __init__(self, weights: HfWeights, stored: Mapping[str, str], dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: HfWeights, shapes: Mapping[str, Shape], key_map: KeyMap, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self._weights, self._stored, self._dtype = weights, stored, dtype
+        self._weights, self._shapes, self._dtype = weights, shapes, dtype
+        self._places = key_map.places(shapes)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """Return the tensor to write."""
-        return self._weights.read(self._stored[index.fqn]).to(self._dtype)
+        whole = tuple(slice(0, size) for size in self._shapes[index.fqn])
+        place = self._places[index.fqn]
+        return self._weights.read(place.stored, place.slices(whole)).to(self._dtype)

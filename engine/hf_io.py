@@ -164,13 +164,13 @@ def load_into(
     """
     weights = HfWeights(folder)
     tensors = model_tensors(model)
-    stored_names = {name: hf for name in tensors if (hf := key_map.to_hf(name)) is not None}
-    shapes = {hf: tuple(tensors[name].shape) for name, hf in stored_names.items()}
-    refuse_other_weights(weights, shapes, key_map, allowed=allowed)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    refuse_other_weights(weights, key_map.shapes(shapes), key_map, allowed=allowed)
+    places = key_map.places(shapes)
 
     def draw(name: str, slices: tuple[slice, ...]) -> Tensor:
-        if stored_names[name] in weights.names:
-            return weights.read(stored_names[name], slices)
+        if places[name].stored in weights.names:
+            return weights.read(places[name].stored, places[name].slices(slices))
         kept = tensors[name].detach()
         return kept.to_local() if isinstance(kept, DTensor) else kept
 
@@ -221,28 +221,20 @@ def export(
     Every rank must call this: tensors are gathered one by one, rank 0 writes them. A failure to
     write is raised on every rank and leaves the old folder as it was.
     """
-    tensors = {
-        hf: tensor
-        for name, tensor in model_tensors(model).items()
-        if (hf := assets.key_map.to_hf(name)) is not None
-    }
+    tensors = model_tensors(model)
+    shapes = assets.key_map.shapes({name: tuple(t.shape) for name, t in tensors.items()})
     group = RankGroup() if ranks is None else ranks
-    writer = FolderWriter(
-        folder,
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        dtype,
-        max_shard_bytes=max_shard_bytes,
-    )
+    writer = FolderWriter(folder, shapes, dtype, max_shard_bytes=max_shard_bytes)
     failure: Exception | None = None
     try:
         group.on_first(writer.open)
-        for name, tensor in tensors.items():
+        for name, parts in assets.key_map.parts(tensors).items():
             # The others wait for rank 0's disk here, where no short timeout of training counts.
             group.together(partial(_raise, failure))
-            whole = _whole(tensor.detach().to(dtype))
+            whole = [_whole(tensors[part].detach().to(dtype)) for part in parts]
             if group.rank == 0:
                 try:
-                    writer.add(name, whole)
+                    writer.add(name, join(whole))
                 except OSError as error:
                     failure = error
         group.together(lambda: _raise(failure))
@@ -252,6 +244,11 @@ def export(
             writer.discard()
         if ranks is None:
             group.close()
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors one below the other; a single one without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _raise(failure: Exception | None) -> None:

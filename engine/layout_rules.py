@@ -159,11 +159,31 @@ CONTEXT_RULES = (
         remedy="use another backend, or context_parallel_mode = 'allgather' or 'ulysses'",
     ),
     Rule(
+        id="ring_with_a_sliding_window",
+        keys=("parallelism.context_parallel_mode", "model.flavor"),
+        applies=lambda f: f.uses_context("ring") and f.decoder is not None and f.decoder.has_window,
+        reason=(
+            "the ring attends to whole pieces of a row, and the model sees only the newest "
+            "{f.decoder.sliding_window} tokens in some layers"
+        ),
+        remedy="use context_parallel_mode = 'allgather' or 'ulysses'",
+    ),
+    Rule(
         id="whole_rows_attended_where_keys_travel",
         keys=("parallelism.context_parallel_mode", "model.attention"),
         applies=lambda f: f.uses_context("allgather") and needs_whole_rows(f.attention),
         reason="{f.attention!r} attends document by document and needs the queries of whole rows",
         remedy="use context_parallel_mode = 'ulysses', or model.attention = 'flex'",
+    ),
+    Rule(
+        id="angles_of_documents_that_ranks_share",
+        keys=("parallelism.context_parallel_degree", "model.flavor"),
+        applies=lambda f: f.cp > 1 and f.decoder is not None and f.decoder.rope.depends_on_length,
+        reason=(
+            "rotary embedding of type {f.decoder.rope.kind!r} depends on how long a document is, "
+            "and a rank sees only its part"
+        ),
+        remedy="set context_parallel_degree = 1",
     ),
     Rule(
         id="rotate_method_that_another_mode_overrules",

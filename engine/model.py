@@ -99,9 +99,13 @@ def find_architecture(config: ModelConfig) -> Architecture:
                 f"model.name = {config.name!r}, but {folder}/config.json is of the family "
                 f"{family.name!r}; set model.name = {family.name!r}"
             )
+        try:
+            sizes = family.config_from_hf(hf_config)
+        except ValueError as error:
+            raise ValueError(f"model.hf_assets_path = {folder!r}: {error}") from error
         return Architecture(
             family=family,
-            config=family.config_from_hf(hf_config),
+            config=sizes,
             origin=f"{folder}/config.json (model.flavor is ignored)",
         )
     family = load_family(config.name)
@@ -127,7 +131,7 @@ class ModelNeeds:
     """Queries meet the keys of their own rows only, as they do unless context parallelism hands
     keys round."""
 
-    def refusal(self, backend: str, head_dim: int) -> str | None:
+    def refusal(self, backend: str, *, head_dim: int, has_window: bool) -> str | None:
         """Say why a backend cannot do this, or None if it can."""
         return unsupported_reason(
             backend,
@@ -135,6 +139,7 @@ class ModelNeeds:
             training=self.training,
             head_dim=head_dim,
             dtype=self.dtype,
+            has_window=has_window,
         )
 
 
@@ -148,7 +153,8 @@ def choose_backend(config: ModelConfig, architecture: Architecture, needs: Model
     if needs.device_type != "cuda":
         return "sdpa"
     has_cudnn = needs.whole_rows and find_spec("cudnn") is not None
-    return "cudnn" if has_cudnn and needs.refusal("cudnn", sizes.head_dim) is None else "flex"
+    reason = needs.refusal("cudnn", head_dim=sizes.head_dim, has_window=sizes.has_window)
+    return "cudnn" if has_cudnn and reason is None else "flex"
 
 
 def choose_kernels(config: ModelConfig, needs: ModelNeeds) -> liger.Kernels:
@@ -165,12 +171,12 @@ def resolve_architecture(config: ModelConfig, needs: ModelNeeds) -> Architecture
     """Decide sizes, attention backend and kernels; raise ValueError where they cannot be had."""
     architecture = find_architecture(config)
     backend = choose_backend(config, architecture, needs)
-    reason = needs.refusal(backend, architecture.config.head_dim)
+    sizes = architecture.config
+    reason = needs.refusal(backend, head_dim=sizes.head_dim, has_window=sizes.has_window)
     if reason is not None:
         raise ValueError(f"model.attention = {config.attention!r} cannot run here: {reason}")
     kernels = choose_kernels(config, needs)
     reason = liger.unsupported_reason(needs.device_type) if kernels == "liger" else None
     if reason is not None:
         raise ValueError(f"model.kernels = {config.kernels!r} cannot run here: {reason}")
-    sizes = replace(architecture.config, attention=backend, kernels=kernels)
-    return replace(architecture, config=sizes)
+    return replace(architecture, config=replace(sizes, attention=backend, kernels=kernels))

@@ -120,8 +120,12 @@ class Facts:
     @property
     def attention_refusal(self) -> str | None:
         """Why the attention backend cannot run on this device."""
-        head_dim = self.decoder.head_dim if self.decoder else 64
-        return model_needs(self.config, self.device_type).refusal(self.attention, head_dim)
+        needs = model_needs(self.config, self.device_type)
+        return needs.refusal(
+            self.attention,
+            head_dim=self.decoder.head_dim if self.decoder else 64,
+            has_window=self.decoder is not None and self.decoder.has_window,
+        )
 
     @property
     def compiles_model(self) -> bool:

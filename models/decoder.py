@@ -1,17 +1,19 @@
 """The decoder that all dense families share, and its one parallel plan."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from models.attention import AttentionCore, AttentionMask, AttentionMasks
+from models.decoder_config import FULL, SLIDING, DecoderConfig
 from models.layers.head import LMHead
 from models.layers.liger import Kernels
 from models.layers.mlp import GatedMLP
 from models.layers.norm import RMSNorm
-from models.layers.rope import RopeConfig, Rotary, RotaryEmbedding, rotate_both
-from models.plan import ModelPlan
+from models.layers.rope import Rotary, RotaryEmbedding, rotate_both
+from models.plan import ModelPlan, Role
 
 if TYPE_CHECKING:
     from models.cache import KVCache, LayerCache
@@ -21,7 +23,7 @@ DECODER_PLAN = ModelPlan(
     blocks=("model.layers.*",),
     last=("model.norm", "lm_head"),
     attention=("model.layers.*.self_attn.core",),
-    masks=("masks",),
+    masks=("masks.*",),
     tensor={
         "": "whole_output",
         "model.embed_tokens": "vocab_rows",
@@ -43,102 +45,24 @@ DECODER_PLAN = ModelPlan(
 TIED_PLAN = DECODER_PLAN | ModelPlan(tied=(("model.embed_tokens.weight", "lm_head.weight"),))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderConfig:
-    """Shape of a decoder; a family file makes one from a size table or from a config.json."""
-
-    vocab_size: int
-    """Rows of the embedding."""
-
-    hidden_size: int
-    """Channels of a token between blocks."""
-
-    num_layers: int
-    """Blocks."""
-
-    num_heads: int
-    """Query heads."""
-
-    num_kv_heads: int
-    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
-
-    head_dim: int
-    """Channels of a head."""
-
-    intermediate_size: int
-    """Channels inside the feed-forward layer."""
-
-    rope: RopeConfig
-    """Rotary position embedding."""
-
-    max_position_embeddings: int
-    """Longest row in tokens that the model is meant for."""
-
-    norm_eps: float = 1e-5
-    """Added to the mean square before its root."""
-
-    tie_word_embeddings: bool = False
-    """The head is the embedding, one tensor."""
-
-    attention_bias: bool = False
-    """The four projections of attention have a bias."""
-
-    mlp_bias: bool = False
-    """The three projections of the feed-forward layer have a bias."""
-
-    initializer_range: float = 0.02
-    """Standard deviation of initial values; see `models/initialise.py`."""
-
-    bos_token_id: int | None = None
-    """First token of a document."""
-
-    eos_token_id: int | tuple[int, ...] | None = None
-    """Last token of a document; generation stops at any of them."""
-
-    pad_token_id: int | None = None
-    """Filler token."""
-
-    attention: str = "sdpa"
-    """Attention backend, a file name of `models/attention/`."""
-
-    kernels: Kernels = "torch"
-    """What computes norms, SwiGLU, rotary embedding and the scores of labels; see
-    `models/layers/liger.py`."""
-
-    head_chunk_tokens: int = 4096
-    """Tokens whose logits the head holds at once when it scores labels."""
-
-    head_recompute_logits: bool = True
-    """Compute logits again in the backward when there are several chunks, instead of keeping
-    them: less memory, one more matrix product."""
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
-        for name in (*sizes, "head_dim", "intermediate_size", "head_chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model has {name} = {getattr(self, name)}; give at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model has num_heads = {self.num_heads}, which num_kv_heads = "
-                f"{self.num_kv_heads} does not divide; give a divisor"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"model has head_dim = {self.head_dim}; rotary embedding needs an even number"
-            )
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, width, bias=bias)
+        width, bias = config.hidden_size, config.has_qkv_bias
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias)
+        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, width, bias=config.attention_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm != "none":
+            widths = (queries, keys) if config.qk_norm == "width" else (config.head_dim,) * 2
+            self.q_norm, self.k_norm = (
+                RMSNorm(width, eps=config.norm_eps, kernels=config.kernels) for width in widths
+            )
         self.core = AttentionCore(config.attention)
         self.kernels: Kernels = config.kernels
 
@@ -151,10 +75,13 @@ class Attention(nn.Module):
         cache: "LayerCache | None" = None,
     ) -> Tensor:
         """Return what each token reads from the tokens that `mask` lets it see."""
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
         # Heads are counted by unflatten, since a rank may hold only some of them.
-        q_BTHC = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        k_BSKC = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BSKC = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q_BTHC, k_BSKC, v_BSKC = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        if self.qk_norm == "head":
+            q_BTHC, k_BSKC = self.q_norm(q_BTHC), self.k_norm(k_BSKC)
         q_BTHC, k_BSKC = rotate_both(q_BTHC, k_BSKC, rotary, kernels=self.kernels)
         if cache is not None:
             k_BSKC, v_BSKC = cache.append(k_BSKC, v_BSKC)
@@ -188,15 +115,45 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
+class PostNormBlock(nn.Module):
+    """Attention and feed-forward, each with a norm behind it and a residual around both.
+
+    Source: OLMo 2, arXiv:2501.00656, section 3.2.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, eps, kernels = config.hidden_size, config.norm_eps, config.kernels
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(width, eps=eps, kernels=kernels)
+        self.mlp = GatedMLP(width, config.intermediate_size, bias=config.mlp_bias, kernels=kernels)
+        self.post_feedforward_layernorm = RMSNorm(width, eps=eps, kernels=kernels)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        rotary: Rotary,
+        mask: AttentionMask,
+        cache: "LayerCache | None" = None,
+    ) -> Tensor:
+        """Return the tokens after this block."""
+        attended = self.self_attn(x_BTD, rotary=rotary, mask=mask, cache=cache)
+        x_BTD = x_BTD + self.post_attention_layernorm(attended)
+        return x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD))
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and final norm."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.attention_types = config.attention_types
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # Where noise of whole rows enters, so that a plan can say how it meets the embeddings.
         self.embedding_noise = nn.Identity()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        block = Block if config.norms == "before" else PostNormBlock
+        self.layers = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, kernels=config.kernels)
 
     def forward(
@@ -204,16 +161,20 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         *,
         rotary: Rotary,
-        mask: AttentionMask,
+        masks: Mapping[str, AttentionMask],
         embedding_noise_BTD: Tensor | None = None,
         cache: "KVCache | None" = None,
     ) -> Tensor:
-        """Return the hidden state of each token (B, T, D), in the dtype of the embedding."""
+        """Return the hidden state of each token (B, T, D), in the dtype of the embedding.
+
+        `masks` has one for each type of attention that a block has.
+        """
         x_BTD = self.embed_tokens(tokens_BT)
         if embedding_noise_BTD is not None:
             x_BTD = x_BTD + self.embedding_noise(embedding_noise_BTD)
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
+            mask = masks[self.attention_types[index]]
             x_BTD = block(x_BTD, rotary=rotary, mask=mask, cache=layer_cache)
         return self.norm(x_BTD)
 
@@ -224,7 +185,14 @@ class DecoderLM(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.masks = AttentionMasks(config.attention, head_dim=config.head_dim)
+        windows = {FULL: None, SLIDING: config.sliding_window}
+        self.masks = nn.ModuleDict(
+            {
+                kind: AttentionMasks(config.attention, head_dim=config.head_dim, window=window)
+                for kind, window in windows.items()
+                if kind in config.attention_types
+            }
+        )
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
         self.model = Decoder(config)
         self.lm_head = LMHead(
@@ -258,13 +226,16 @@ class DecoderLM(nn.Module):
         embeddings. With a cache, keys and values of earlier calls are seen too.
         """
         keys = None if cache is None else cache.extend(positions_BT, documents_BT)
-        mask = self.masks(
-            positions_BT, documents_BT=documents_BT, document_offsets=document_offsets, keys=keys
-        )
+        documents: dict[str, Any] = {
+            "documents_BT": documents_BT,
+            "document_offsets": document_offsets,
+            "keys": keys,
+        }
+        masks = {kind: make(positions_BT, **documents) for kind, make in self.masks.items()}
         x_BTD = self.model(
             tokens_BT,
             rotary=self.rotary(positions_BT),
-            mask=mask,
+            masks=masks,
             embedding_noise_BTD=embedding_noise_BTD,
             cache=cache,
         )
@@ -272,5 +243,15 @@ class DecoderLM(nn.Module):
 
 
 def decoder_plan(config: DecoderConfig) -> ModelPlan:
-    """Return the plan of the shared decoder, with the tied pair where there is one."""
-    return TIED_PLAN if config.tie_word_embeddings else DECODER_PLAN
+    """Return the plan of the shared decoder with what the configuration changes in it."""
+    plan = TIED_PLAN if config.tie_word_embeddings else DECODER_PLAN
+    roles: dict[str, Role] = dict(plan.tensor)
+    if config.qk_norm != "none":
+        roles["model.layers.*.self_attn.[qk]_norm"] = (
+            "per_head" if config.qk_norm == "head" else "across_columns"
+        )
+    if config.norms == "after":
+        roles["model.layers.*.post_feedforward_layernorm"] = roles.pop(
+            "model.layers.*.input_layernorm"
+        )
+    return replace(plan, tensor=roles)

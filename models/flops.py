@@ -9,9 +9,14 @@ Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B (6N + 12 L H C T per
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from models.decoder import DecoderConfig
+from models.decoder import SLIDING, DecoderConfig
 
 FORWARD_AND_BACKWARD = 3
+NORMS = {
+    "before": ("input_layernorm", "post_attention_layernorm"),
+    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+"""Names of the two norms of a block."""
 
 
 class _Weight(NamedTuple):
@@ -33,12 +38,17 @@ def _weights(config: DecoderConfig) -> Iterator[_Weight]:
 
     for index in range(config.num_layers):
         block = f"model.layers.{index}"
-        yield _Weight(f"{block}.input_layernorm.weight", width, False)
-        yield from linear(f"{block}.self_attn.q_proj", width, queries, config.attention_bias)
-        yield from linear(f"{block}.self_attn.k_proj", width, keys, config.attention_bias)
-        yield from linear(f"{block}.self_attn.v_proj", width, keys, config.attention_bias)
+        first, second = NORMS[config.norms]
+        yield _Weight(f"{block}.{first}.weight", width, False)
+        for name, outputs in (("q", queries), ("k", keys), ("v", keys)):
+            yield from linear(f"{block}.self_attn.{name}_proj", width, outputs, config.has_qkv_bias)
+        if config.qk_norm != "none":
+            whole = config.qk_norm == "width"
+            for name, channels in (("q", queries), ("k", keys)):
+                size = channels if whole else config.head_dim
+                yield _Weight(f"{block}.self_attn.{name}_norm.weight", size, False)
         yield from linear(f"{block}.self_attn.o_proj", queries, width, config.attention_bias)
-        yield _Weight(f"{block}.post_attention_layernorm.weight", width, False)
+        yield _Weight(f"{block}.{second}.weight", width, False)
         yield from linear(f"{block}.mlp.gate_proj", width, hidden, config.mlp_bias)
         yield from linear(f"{block}.mlp.up_proj", width, hidden, config.mlp_bias)
         yield from linear(f"{block}.mlp.down_proj", hidden, width, config.mlp_bias)
@@ -65,10 +75,12 @@ def train_flops_per_token(
     """Return 6 N' + 12 L H C S for one trained token of a row of S tokens.
 
     N' is every weight that is multiplied with a token: all but the embedding, norms and biases.
-    Attention counts the whole S x S square, the usual convention, although half is masked.
+    Attention counts the whole S x S square, the usual convention, although half is masked; of
+    layers with a window twice what is not masked, which is the square where it reaches all.
     """
     linear = linear_train_flops_per_token(config, is_trainable=is_trainable)
-    return linear + attention_train_flops(config, seq_len, causal=False)
+    attention = attention_train_flops(config, seq_len, longest_tokens=seq_len, causal=False)
+    return linear + attention
 
 
 def linear_train_flops_per_token(
@@ -89,12 +101,25 @@ def linear_train_flops_per_token(
 
 
 def attention_train_flops(
-    config: DecoderConfig, squared_document_tokens: float, *, causal: bool = True
+    config: DecoderConfig,
+    squared_document_tokens: float,
+    *,
+    longest_tokens: int,
+    causal: bool = True,
 ) -> float:
     """Return the operations of attention for documents whose squared lengths add up to this.
 
     12 L H C per pair of tokens: two products of H C multiply-adds, forward and backward. With
-    `causal` only half of the square is counted, the half that is not masked.
+    `causal` only half of the square is counted, the half that is not masked. Layers with a window
+    count as if every document had `longest_tokens`: exact for those, too little for shorter ones.
     """
-    per_pair = FORWARD_AND_BACKWARD * 4 * config.num_layers * config.num_heads * config.head_dim
-    return per_pair * squared_document_tokens / (2 if causal else 1)
+    per_pair = FORWARD_AND_BACKWARD * 4 * config.num_heads * config.head_dim
+    seen = _seen_fraction(config.sliding_window, longest_tokens)
+    layers = sum(seen if kind == SLIDING else 1.0 for kind in config.attention_types)
+    return per_pair * layers * squared_document_tokens / (2 if causal else 1)
+
+
+def _seen_fraction(window: int | None, num_tokens: int) -> float:
+    """Return how much of the causal half of a square a window leaves: (2 w S - w^2) / S^2."""
+    covered = min((window or num_tokens) / num_tokens, 1.0)
+    return covered * (2.0 - covered)

@@ -14,6 +14,7 @@ Role = Literal[
     "rows",  # linear split over its inputs; the partial results are summed
     "per_token",  # small and replicated, each token alone (norms)
     "per_head",  # norm over the channels of local heads
+    "across_columns",  # norm over columns that ranks share, replicated
     "gather_tokens",  # entrance that needs all tokens of a row
     "split_tokens",  # entrance where tokens arrive whole
     "vocab_columns",  # language-model head: log-probabilities over a split vocabulary

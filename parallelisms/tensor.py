@@ -49,6 +49,23 @@ def _as_replicated(value: Any, mesh: DeviceMesh) -> Any:
     return DTensor.from_local(value, mesh, (Replicate(),), run_check=False)
 
 
+class AcrossColumns(ParallelStyle):
+    """Columns arrive split; the module sees all of a token, and each rank goes on with its share.
+
+    Costs a gather of the columns in the forward, and one of their gradients in the backward.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+            split = DTensor.from_local(inputs[0], mesh, (Shard(inputs[0].ndim - 1),))
+            return (split.redistribute(placements=(Replicate(),)), *inputs[1:])
+
+        def leave(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+            return output.redistribute(placements=(Shard(output.ndim - 1),)).to_local()
+
+        return distribute_module(module, device_mesh, None, enter, leave)  # pyright: ignore[reportArgumentType]
+
+
 class WholeOutput(ParallelStyle):
     """What leaves the module is a plain tensor that holds everything."""
 
@@ -108,6 +125,7 @@ def styles(*, sequence_parallel: bool, loss_parallel: bool) -> dict[Role, Parall
         "columns": ColwiseParallel(),
         "rows": RowwiseParallel(output_layouts=tokens),
         "per_token": per_token,
+        "across_columns": AcrossColumns(),
         "per_head": SequenceParallel(sequence_dim=2, use_local_output=True),
         # The module gets a DTensor, so that the input gradients of all its projections are added
         # before one reduction, instead of being reduced one by one.

@@ -1,6 +1,6 @@
 """The model that the parity check compares, and the size of its batch."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ SHRUNK = {"num_layers": 3, "hidden_size": 64, "intermediate_size": 96, "initiali
 """Sizes of a model given by name or folder; its heads and all its switches stay."""
 
 SMALLEST_FLAVOR = "debugmodel"
+WINDOWS_OF_A_ROW = 4  # a sliding window is shorter than either of the two documents of a row
 CHUNK = 10 / 16  # of a row: the head scores labels in several uneven chunks
 
 
@@ -117,18 +118,20 @@ def find_subject(model: str, device_type: str) -> tuple[Subject, str]:
             )
         family = load_family(name)
         config, origin = family.flavor(flavor or SMALLEST_FLAVOR), model
-    shrunk, changes = shrink(config)
+    shrunk, changes = shrink(config, usual.num_tokens)
     subject = replace(usual, family_name=family.name, config=shrunk)
     return subject, f"{origin} with random weights, shrunk: {changes}"
 
 
-def shrink(config: DecoderConfig) -> tuple[DecoderConfig, str]:
+def shrink(config: DecoderConfig, num_tokens: int) -> tuple[DecoderConfig, str]:
     """Return the architecture at a size that any device trains, and what was changed."""
     values: dict[str, Any] = {"vocab_size": DEFAULTS["vocab"], **SHRUNK}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, tuple) and len(value) == config.num_layers:  # one entry a block
-            values[field.name] = value[: values["num_layers"]]
+    if config.layer_types:
+        values["sliding_window"] = min(config.sliding_window or 0, num_tokens // WINDOWS_OF_A_ROW)
+        # The last blocks, and first one of each type that these leave out.
+        last = config.layer_types[-values["num_layers"] :]
+        others = tuple(dict.fromkeys(t for t in config.layer_types if t not in last))
+        values["layer_types"] = others + last[len(others) :]
     changes = [
         f"{name} {getattr(config, name)} -> {value}"
         for name, value in values.items()

@@ -3,7 +3,8 @@
 A backend has `prepare(mask)`, called once per forward pass, `attend(q, k, v, *, mask, scale)`,
 called by every block, and `unsupported_reason(...)`. The one asked for is used or refused. Those
 that also have the functions of `PieceBackend` can attend to the keys piece by piece; those with
-`NEEDS_WHOLE_ROWS = True` attend document by document, from the offsets of whole rows.
+`NEEDS_WHOLE_ROWS = True` attend document by document, from the offsets of whole rows; those with
+`SUPPORTS_WINDOWS = True` heed the window of a mask.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ PIECE_FUNCTIONS = ("mask_tensors", "attend_with_lse", "attend_backward")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionMask:
-    """Which key each query may see: those of its document that are not behind it.
+    """Which key each query may see: those of its document that are not behind it, nor too far back.
 
     Without documents each row is one document; padding may follow it, never precede it.
     """
@@ -32,7 +33,10 @@ class AttentionMask:
     key_documents_BS: Tensor | None
 
     is_causal: bool
-    """Queries are the keys and a row is one document: causal attention suffices."""
+    """Queries are the keys, a row is one document, no window: causal attention suffices."""
+
+    window: int | None = None
+    """Newest keys that a query sees, its own among them; None where it sees all."""
 
     document_offsets: Tensor | None = None
     """Where each document begins in the joined rows of queries, which are the keys; see
@@ -43,7 +47,10 @@ class AttentionMask:
 
     def allowed_BTS(self) -> Tensor:
         """Return the mask as booleans, True where the query may see the key."""
-        allowed = self.query_positions_BT[:, :, None] >= self.key_positions_BS[:, None, :]
+        distance = self.query_positions_BT[:, :, None] - self.key_positions_BS[:, None, :]
+        allowed = distance >= 0
+        if self.window is not None:
+            allowed &= distance < self.window
         if self.query_documents_BT is None or self.key_documents_BS is None:
             return allowed
         same = self.query_documents_BT[:, :, None] == self.key_documents_BS[:, None, :]
@@ -129,11 +136,18 @@ def unsupported_reason(
     training: bool,
     head_dim: int,
     dtype: torch.dtype | None = None,
+    has_window: bool = False,
 ) -> str | None:
     """Say why a backend cannot run on such a device, and what to do; None if it can.
 
-    `dtype` is that of queries, keys and values, None where it is not known.
+    `dtype` is that of queries, keys and values, None where it is not known; `has_window` says
+    whether some blocks attend through a sliding window.
     """
+    if has_window and not supports_windows(backend):
+        return (
+            f"{backend} does not heed a sliding window, which the model has; use 'flex' on a GPU, "
+            "or 'sdpa'"
+        )
     reason = load_member(__name__, backend, "unsupported_reason")
     return reason(device_type=device_type, training=training, head_dim=head_dim, dtype=dtype)
 
@@ -143,6 +157,11 @@ def needs_whole_rows(backend: str) -> bool:
     return bool(_optional_member(backend, "NEEDS_WHOLE_ROWS"))
 
 
+def supports_windows(backend: str) -> bool:
+    """Say whether a backend heeds the window of a mask."""
+    return bool(_optional_member(backend, "SUPPORTS_WINDOWS"))
+
+
 def returns_lse(backend: str) -> bool:
     """Say whether a backend can attend piece by piece; see `PieceBackend`."""
     return all(_optional_member(backend, name) is not None for name in PIECE_FUNCTIONS)
@@ -150,6 +169,10 @@ def returns_lse(backend: str) -> bool:
 
 def whole_row_offsets(mask: AttentionMask) -> Tensor:
     """Return the document offsets of a mask, for backends that need whole rows."""
+    if mask.document_offsets is None and mask.query_documents_BT is None:
+        rows, length = mask.query_positions_BT.shape
+        device = mask.query_positions_BT.device
+        return torch.arange(rows + 1, dtype=torch.int32, device=device) * length
     if mask.document_offsets is None:
         raise ValueError(
             "the attention backend attends document by document and needs document_offsets beside "
@@ -170,10 +193,11 @@ def _optional_member(backend: str, name: str) -> Any:
 class AttentionMasks(nn.Module):
     """Makes the mask that all blocks of one forward pass share; holds no parameters."""
 
-    def __init__(self, backend: str, *, head_dim: int) -> None:
+    def __init__(self, backend: str, *, head_dim: int, window: int | None = None) -> None:
         super().__init__()
         self.backend = backend
         self.head_dim = head_dim
+        self.window = window
         self.prepare = load_member(__name__, backend, "prepare")
 
     def forward(
@@ -189,21 +213,25 @@ class AttentionMasks(nn.Module):
         `keys` gives positions and documents of the keys where these are not the queries.
         """
         assert keys is None or not needs_whole_rows(self.backend), "refused where it is chosen"
+        key_positions_BS, key_documents_BS = keys or (positions_BT, documents_BT)
+        reaches_all = self.window is None or self.window >= key_positions_BS.shape[1]
+        window = None if reaches_all else self.window
         reason = unsupported_reason(
             self.backend,
             device_type=positions_BT.device.type,
             training=torch.is_grad_enabled(),
             head_dim=self.head_dim,
+            has_window=window is not None,
         )
         if reason is not None:
             raise ValueError(f"model.attention = {self.backend!r} cannot be used: {reason}")
-        key_positions_BS, key_documents_BS = keys or (positions_BT, documents_BT)
         mask = AttentionMask(
             query_positions_BT=positions_BT,
             key_positions_BS=key_positions_BS,
             query_documents_BT=documents_BT,
             key_documents_BS=key_documents_BS,
-            is_causal=keys is None and documents_BT is None,
+            is_causal=keys is None and documents_BT is None and window is None,
+            window=window,
             document_offsets=document_offsets,
         )
         return replace(mask, prepared=self.prepare(mask))

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from models.attention import AttentionMask
 
+SUPPORTS_WINDOWS = True
+
 
 def prepare(mask: AttentionMask) -> Tensor:
     """Return the boolean mask, broadcast over groups of heads: (B, 1, 1, T, S)."""

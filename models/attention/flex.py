@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import (
 
 from models.attention import AttentionMask
 
+SUPPORTS_WINDOWS = True
 SMALLEST_HEAD_DIM = 16
 BLOCK_TOKENS = 128
 BLOCK_TENSORS = (
@@ -41,7 +42,7 @@ def prepare(mask: AttentionMask) -> BlockMask:
     rows = None if mask.is_causal else rows
     num_keys = mask.key_positions_BS.shape[1]
     return make(
-        _mask_function(_sources(mask)),
+        _mask_function(_sources(mask), mask.window),
         rows,
         None,
         num_queries,
@@ -61,7 +62,7 @@ def _sources(mask: AttentionMask) -> list[Tensor]:
     return sources
 
 
-def _mask_function(sources: Sequence[Tensor]) -> MaskFunction:
+def _mask_function(sources: Sequence[Tensor], window: int | None = None) -> MaskFunction:
     def is_behind(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
 
@@ -71,7 +72,10 @@ def _mask_function(sources: Sequence[Tensor]) -> MaskFunction:
     documents_BT, documents_BS = documents or (None, None)
 
     def is_allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        allowed = positions_BT[row, query] >= positions_BS[row, key]
+        distance = positions_BT[row, query] - positions_BS[row, key]
+        allowed = distance >= 0
+        if window is not None:
+            allowed = allowed & (distance < window)
         if documents_BT is None or documents_BS is None:
             return allowed
         return allowed & (documents_BT[row, query] == documents_BS[row, key])
@@ -99,7 +103,10 @@ def attend(
 
 
 def mask_tensors(mask: AttentionMask) -> list[Tensor]:
-    """Return what decides who sees what, then the tensors of the block mask."""
+    """Return what decides who sees what, then the tensors of the block mask; not for windows."""
+    assert mask.window is None, (
+        "the table of combinations refuses windows where keys come in pieces"
+    )
     assert isinstance(mask.prepared, BlockMask), "the mask was prepared by this file"
     return [*_sources(mask), *(getattr(mask.prepared, name) for name in BLOCK_TENSORS)]
 

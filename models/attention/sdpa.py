@@ -1,6 +1,7 @@
 """torch's scaled_dot_product_attention on any device.
 
-One document per row takes the causal kernels; several take a dense mask of T x S booleans a row.
+One document per row takes the causal kernels; several, and sliding windows, take a dense mask of
+T x S booleans a row.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.attention import AttentionMask, eager
 
+SUPPORTS_WINDOWS = True
 HOPPER = 9
 CUDNN_HEAD_DIMS = range(8, 129, 8)
 FASTEST_FIRST = [

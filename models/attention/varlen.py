@@ -13,6 +13,7 @@ from torch import Tensor
 from models.attention import AttentionMask, sdpa, whole_row_offsets
 
 NEEDS_WHOLE_ROWS = True
+SUPPORTS_WINDOWS = True
 LARGEST_HEAD_DIM = 256
 OLDEST_GENERATION = 8  # Ampere
 
@@ -33,7 +34,7 @@ def attend(
     offsets, longest = mask.prepared, q_BTHC.shape[1]
     assert isinstance(offsets, Tensor), "the mask was prepared by this file"
     q_NHC, k_NKC, v_NKC = (x.flatten(0, 1) for x in (q_BTHC, k_BSKC, v_BSKC))
-    options = _options(q_BTHC.shape[2] != k_BSKC.shape[2])
+    options = _options(q_BTHC.shape[2] != k_BSKC.shape[2], mask.window)
     # The longest document is taken to be a row: another number for each batch would recompile.
     out_NHC: Any = varlen_attn(
         q_NHC, k_NKC, v_NKC, offsets, offsets, longest, longest, scale=scale, **options
@@ -42,12 +43,18 @@ def attend(
 
 
 @cache
-def _options(is_grouped: bool) -> dict[str, Any]:
-    """Return causal attention and shared heads in the words of this torch."""
+def _options(is_grouped: bool, window: int | None) -> dict[str, Any]:
+    """Return causal attention, its window and shared heads in the words of this torch."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    before = -1 if window is None else window - 1
+    causal = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
+    if window is not None and "window_size" not in known:
+        raise ValueError(
+            f"model.attention = 'varlen' has no sliding window in torch {torch.__version__}, and "
+            "the model has one; use 'flex'"
+        )
     return causal | ({"enable_gqa": is_grouped} if "enable_gqa" in known else {})
 
 

@@ -5,9 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 from models.decoder import DecoderConfig, DecoderLM, decoder_plan
-from models.layers.rope import RopeConfig, rope_from_hf, rope_to_hf
+from models.hf_config import HfType, decoder_key_map
+from models.layers.rope import RopeConfig
 from models.registry import ModelFamily
-from models.weights import KeyMap
+
+_TYPE = HfType(
+    family="llama3",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    max_position_embeddings=2048,
+)
 
 
 def _rope(factor: float) -> RopeConfig:
@@ -79,89 +86,16 @@ FLAVORS = {
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """Read a config.json of type llama, written by transformers 4 or 5."""
-    _refuse_what_differs(hf)
-    missing = [
-        key
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        if hf.get(key) is None
-    ]
-    if missing or hf.get("intermediate_size") is None:
-        raise ValueError(f"config.json lacks {', '.join(missing or ['intermediate_size'])}")
-    heads, eos = hf["num_attention_heads"], hf.get("eos_token_id")
-    return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        intermediate_size=hf["intermediate_size"],
-        rope=rope_from_hf(hf),
-        # What a config.json leaves out has the default of transformers' LlamaConfig.
-        max_position_embeddings=hf.get("max_position_embeddings", 2048),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+    return _TYPE.read(
+        hf,
         attention_bias=hf.get("attention_bias", False),
         mlp_bias=hf.get("mlp_bias", False),
-        initializer_range=hf.get("initializer_range", 0.02),
-        bos_token_id=hf.get("bos_token_id"),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-        pad_token_id=hf.get("pad_token_id"),
     )
-
-
-def _refuse_what_differs(hf: Mapping[str, Any]) -> None:
-    same: dict[str, tuple[object, ...]] = {
-        "model_type": ("llama",),
-        "architectures": (["LlamaForCausalLM"], None),
-        "hidden_act": ("silu", None),
-        "attention_dropout": (0, None),
-        "rope_interleaved": (False, None),
-        "quantization_config": (None,),
-    }
-    for key, values in same.items():
-        if hf.get(key) not in values:
-            raise ValueError(
-                f"config.json has {key} = {hf.get(key)!r}, which the llama3 family cannot "
-                f"reproduce; use a model with {values[0]!r}"
-            )
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, object]:
     """Write a config.json that transformers 4 and 5 read alike."""
-    eos = config.eos_token_id
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.norm_eps,
-        "initializer_range": config.initializer_range,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
-        "attention_dropout": 0.0,
-        "mlp_bias": config.mlp_bias,
-        "use_cache": True,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-        "pad_token_id": config.pad_token_id,
-        **rope_to_hf(config.rope),
-    }
-
-
-def key_map(config: DecoderConfig) -> KeyMap:
-    """Return the identity; a tied head is not stored."""
-    return KeyMap(
-        not_stored=frozenset({"lm_head.weight"} if config.tie_word_embeddings else ()),
-        ignorable=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-    )
+    return _TYPE.write(config, attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
 
 
 FAMILY = ModelFamily(
@@ -172,5 +106,5 @@ FAMILY = ModelFamily(
     config_to_hf=config_to_hf,
     build=DecoderLM,
     plan=decoder_plan,
-    key_map=key_map,
+    key_map=decoder_key_map,
 )

@@ -12,6 +12,7 @@ from engine.config import JobConfig, check
 from engine.model import find_architecture
 from engine.rules import Facts, gather_facts
 from engine.schema import leaves
+from models.layers.rope import RopeConfig
 from parallelisms.mesh import ParallelConfig, ParallelDims
 from tests.engine.combination_cases import BUDGET_CASES, Case
 
@@ -25,6 +26,13 @@ NO_LSE = "tests.engine.attention_without_lse"
 LIGER = "model.kernels=liger"
 STREAM, LOADER = "data.streaming", "training.dataloader.num_workers"
 CUDA: dict[str, Any] = {"device_type": "cuda"}
+WINDOW = {"sliding_window": 9, "layer_types": ("sliding_attention",) * 4}
+DYNAMIC, YARN = ({"rope": RopeConfig(theta=1e4, kind=kind)} for kind in ("dynamic", "yarn"))
+
+
+def facts_of(both: dict[str, Any]) -> dict[str, Any]:
+    return {"facts": both, "allowed_facts": both}
+
 
 CASES = {
     "degrees_that_do_not_divide_the_ranks": Case(
@@ -65,15 +73,19 @@ CASES = {
         refused=f"{CP2} {RING}",
         allowed=f"{CP2} parallelism.context_parallel_mode=allgather",
         world_size=2,
-        facts={"attention": NO_LSE},
-        allowed_facts={"attention": NO_LSE},
+        **facts_of({"attention": NO_LSE}),
+    ),
+    "ring_with_a_sliding_window": Case(
+        refused=f"{CP2} {RING}", allowed=f"{CP2} {ULYSSES}", world_size=2, **facts_of(WINDOW)
     ),
     "whole_rows_attended_where_keys_travel": Case(
         refused=f"{CP2} model.attention=varlen",
         allowed=f"{CP2} model.attention=varlen {ULYSSES}",
         world_size=2,
-        facts=CUDA | {"attention": "varlen"},
-        allowed_facts=CUDA | {"attention": "varlen"},
+        **facts_of(CUDA | {"attention": "varlen"}),
+    ),
+    "angles_of_documents_that_ranks_share": Case(
+        refused=CP2, allowed=CP2, world_size=2, facts=DYNAMIC, allowed_facts=YARN
     ),
     "rotate_method_that_another_mode_overrules": Case(
         refused=f"{CP2} parallelism.context_parallel_rotate_method=alltoall",
@@ -115,15 +127,13 @@ CASES = {
         refused=f"{ASYNC_TP} compile.enable compile.backend=aot_eager",
         allowed=f"{ASYNC_TP} compile.enable",
         world_size=2,
-        facts=CUDA,
-        allowed_facts=CUDA,
+        **facts_of(CUDA),
     ),
     "async_tensor_parallelism_without_sequence_parallelism": Case(
         refused=f"{ASYNC_TP} compile.enable parallelism.no_sequence_parallel",
         allowed=f"{ASYNC_TP} compile.enable",
         world_size=2,
-        facts=CUDA,
-        allowed_facts=CUDA,
+        **facts_of(CUDA),
     ),
     "memory_budget_without_compile": Case(
         refused="activation_checkpoint.mode=memory_budget",
@@ -136,8 +146,7 @@ CASES = {
     "compile_on_the_cpu_without_a_compiler": Case(
         refused="compile.enable",
         allowed="compile.enable compile.backend=aot_eager",
-        facts={"missing": frozenset({"a C++ compiler"})},
-        allowed_facts={"missing": frozenset({"a C++ compiler"})},
+        **facts_of({"missing": frozenset({"a C++ compiler"})}),
     ),
     "compile_on_the_gpu_without_triton": Case(
         refused="compile.enable",
@@ -160,15 +169,13 @@ CASES = {
     "liger_kernels_with_compile": Case(
         refused=f"{LIGER} compile.enable compile.components=loss",
         allowed=LIGER,
-        facts=CUDA,
-        allowed_facts=CUDA,
+        **facts_of(CUDA),
     ),
     "liger_kernels_with_tensor_parallelism": Case(
         refused=f"{LIGER} {TP2}",
         allowed=f"{LIGER} {CP2}",
         world_size=2,
-        facts=CUDA,
-        allowed_facts=CUDA,
+        **facts_of(CUDA),
     ),
     "compute_wider_than_the_stored_parameters": Case(
         refused="training.dtype=bfloat16 training.mixed_precision_param=float32",

@@ -23,6 +23,16 @@ WORLD_SIZES = {
     "llama3_8b_128k": (8, 512),
     "llama3_70b": (64,),
     "llama3_405b": (512,),
+    "mistral_7b": (8, 64),
+    "mistral_7b_sft": (8, 64),
+    "olmo2_1b": (1, 8),
+    "olmo2_1b_sft": (1, 8),
+    "phi3_mini": (2, 8),
+    "phi3_mini_sft": (2, 8),
+    "qwen2_1.5b": (1, 8),
+    "qwen2_1.5b_sft": (1, 8),
+    "qwen3_8b": (8, 64),
+    "qwen3_8b_sft": (8, 64),
 }
 
 

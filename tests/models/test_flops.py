@@ -22,6 +22,8 @@ SHAPES = {
     "tied": {"tie_word_embeddings": True},
     "wide_heads": {"num_kv_heads": 4, "head_dim": 16},
     "bias": {"attention_bias": True, "mlp_bias": True},
+    "qkv_bias_and_head_norms": {"qkv_bias": True, "qk_norm": "head"},
+    "norms_after_and_across_heads": {"norms": "after", "qk_norm": "width"},
 }
 
 
@@ -52,13 +54,15 @@ def test_operations_of_documents_follow_their_squared_lengths():
     lengths = [5, 1, 40, 18]
     squares = sum(n * n for n in lengths)
     expected = linear_train_flops_per_token(model.config) * sum(lengths)
-    expected += attention_train_flops(model.config, squares, causal=False)
+    expected += attention_train_flops(
+        model.config, squares, longest_tokens=max(lengths), causal=False
+    )
     assert counted_flops(model, lengths) == pytest.approx(expected, rel=WITHIN)
 
 
 def test_the_causal_figure_counts_half_of_the_square():
-    whole = attention_train_flops(TINY, 100, causal=False)
-    assert attention_train_flops(TINY, 100) == whole / 2
+    whole = attention_train_flops(TINY, 100, longest_tokens=10, causal=False)
+    assert attention_train_flops(TINY, 100, longest_tokens=10) == whole / 2
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_frozen_parts_are_counted_by_their_real_backward(frozen):
     expected = linear_train_flops_per_token(
         model.config, is_trainable=lambda name: not name.startswith(frozen)
     )
-    attention = attention_train_flops(model.config, length**2, causal=False)
+    attention = attention_train_flops(model.config, length**2, longest_tokens=length, causal=False)
     assert expected * length <= counted <= (expected * length + attention) * (1 + WITHIN)
 
 
@@ -91,6 +95,24 @@ def test_parameters_are_counted_as_the_model_has_them(shape):
     embedding = model.model.embed_tokens.weight.numel()
     without = everything if model.config.tie_word_embeddings else everything - embedding
     assert parameter_counts(model.config) == (everything, without)
+
+
+def test_a_window_leaves_the_scores_that_its_mask_lets_through():
+    window, length = 12, 48
+    config = replace(
+        TINY, sliding_window=window, layer_types=("full_attention", "sliding_attention")
+    )
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = int(((distance >= 0) & (distance < window)).sum())
+    per_pair = 12 * config.num_heads * config.head_dim
+    linear = linear_train_flops_per_token(config)
+    found = train_flops_per_token(config, length) - linear
+    # Twice the masked count, but for the diagonal, which the convention halves too.
+    assert found * length == pytest.approx(per_pair * (length**2 + 2 * seen), rel=0.03)
+    packed = attention_train_flops(config, length**2, longest_tokens=length)
+    assert packed == pytest.approx(found * length / 2)
+    within = attention_train_flops(config, window**2, longest_tokens=window)
+    assert within == attention_train_flops(TINY, window**2, longest_tokens=window)
 
 
 def test_the_usual_convention_gives_the_known_figure_for_8b():

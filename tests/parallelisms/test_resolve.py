@@ -31,7 +31,7 @@ def test_patterns_expand_in_model_order() -> None:
     assert resolved.blocks == tuple(f"model.layers.{i}" for i in range(3))
     assert resolved.last == ("model.norm", "lm_head")
     assert resolved.attention[2] == "model.layers.2.self_attn.core"
-    assert resolved.masks == ("masks",)
+    assert resolved.masks == ("masks.full_attention",)
     assert resolved.roles["model.layers.2.self_attn.v_proj"] == "columns"
 
 

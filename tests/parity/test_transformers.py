@@ -1,4 +1,4 @@
-"""Our Llama against transformers': logits, every gradient, and rotary angles."""
+"""Each family against transformers': logits, every gradient, and rotary angles of Llama."""
 
 import pytest
 import torch
@@ -8,7 +8,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from models.layers.rope import RotaryEmbedding
 from models.registry import load_family
 from tests.models.tiny import gradients, random_tokens, worst_error
-from tests.parity.llama_cases import MODELS, SHAPE, llama_config, random_llama, same_in_ours
+from tests.parity.hf_cases import (
+    MODELS,
+    SHAPE,
+    llama_config,
+    named_as_ours,
+    random_model,
+    same_in_ours,
+)
 
 FP32_REORDERED_SUM = 1e-5  # the same products, added up in another order
 ANGLES = 1e-6
@@ -17,7 +24,7 @@ ROWS, TOKENS = 2, 96  # longer than the original context of the llama3 rotary ca
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_every_gradient_equal_those_of_transformers(name, tmp_path):
-    theirs = random_llama(name)
+    theirs = random_model(name)
     ours = same_in_ours(theirs, tmp_path)
     tokens = random_tokens(ROWS, TOKENS, vocab_size=SHAPE["vocab_size"])
     labels = tokens.roll(-1, dims=1)
@@ -36,7 +43,8 @@ def test_logits_and_every_gradient_equal_those_of_transformers(name, tmp_path):
 
     assert (logits - expected).abs().max() <= FP32_REORDERED_SUM * expected.abs().max()
     assert our_loss.item() == pytest.approx(loss.item(), rel=1e-6)
-    expected_gradients = {n: p.grad for n, p in theirs.named_parameters()}
+    their_gradients = {n: p.grad for n, p in theirs.named_parameters()}
+    expected_gradients = named_as_ours(their_gradients, ours, theirs.config.model_type)
     assert worst_error(gradients(ours), expected_gradients) <= FP32_REORDERED_SUM
 
 
@@ -66,8 +74,9 @@ def test_released_sizes_have_the_rotary_angles_of_transformers():
         assert (sin - their_sin[..., :half]).abs().max() <= ANGLES
 
 
-def test_packed_documents_have_the_logits_that_transformers_gives_each_alone(tmp_path):
-    theirs = random_llama("llama_3_1")
+@pytest.mark.parametrize("name", ["llama_3_1", "longrope", "qwen3_window_bias"])
+def test_packed_documents_have_the_logits_that_transformers_gives_each_alone(name, tmp_path):
+    theirs = random_model(name)
     ours = same_in_ours(theirs, tmp_path)
     lengths = [40, 1, 70, 9]
     tokens = random_tokens(1, sum(lengths), vocab_size=SHAPE["vocab_size"])

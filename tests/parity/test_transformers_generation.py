@@ -5,14 +5,17 @@ import torch
 
 from models.generate import generate
 from tests.models.tiny import random_tokens
-from tests.parity.llama_cases import SHAPE, random_llama, same_in_ours
+from tests.parity.hf_cases import SHAPE, random_model, same_in_ours
 
 NEW_TOKENS = 64
 
 
-@pytest.mark.parametrize("name", ["llama_2", "llama_3_1", "llama_3_2", "attention_bias"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama_2", "llama_3_1", "llama_3_2", "attention_bias", "qwen2_window", "mistral_window"],
+)
 def test_sixty_four_greedy_tokens_equal_those_of_transformers(name, tmp_path):
-    theirs = random_llama(name)
+    theirs = random_model(name)
     ours = same_in_ours(theirs, tmp_path)
     prompt = random_tokens(1, 7, vocab_size=SHAPE["vocab_size"])
     expected = theirs.generate(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from engine.cli import run_command
 from scripts.generate import main
-from tests.parity.llama_cases import SHAPE, random_llama
+from tests.parity.hf_cases import SHAPE, random_model
 
 TEXT = ["def main(arguments):", "    return [value for value in values if value]", "class Name:"]
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(path)
-    random_llama("llama_3_1", vocab_size=len(tokenizer)).save_pretrained(path)
+    random_model("llama_3_1", vocab_size=len(tokenizer)).save_pretrained(path)
     return path
 
 
@@ -103,7 +103,7 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path, capsys):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys):
     byte_tokenizer().save_pretrained(tmp_path)
-    random_llama("llama_3").save_pretrained(tmp_path)
+    random_model("llama_3").save_pretrained(tmp_path)
     code, _, error = run(capsys, "--model", str(tmp_path), "--prompt", "x")
     assert code == 2
     assert f"only {SHAPE['vocab_size']}" in error

@@ -1,0 +1,146 @@
+"""The shape of the decoder that all dense families share."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models.layers.liger import Kernels
+from models.layers.rope import RopeConfig
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Types of attention of a block, in the words of config.json."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """Shape of a decoder; a family file makes one from a size table or from a config.json."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+
+    hidden_size: int
+    """Channels of a token between blocks."""
+
+    num_layers: int
+    """Blocks."""
+
+    num_heads: int
+    """Query heads."""
+
+    num_kv_heads: int
+    """Key/value heads; each serves num_heads / num_kv_heads query heads."""
+
+    head_dim: int
+    """Channels of a head."""
+
+    intermediate_size: int
+    """Channels inside the feed-forward layer."""
+
+    rope: RopeConfig
+    """Rotary position embedding."""
+
+    max_position_embeddings: int
+    """Longest row in tokens that the model is meant for."""
+
+    norm_eps: float = 1e-5
+    """Added to the mean square before its root."""
+
+    tie_word_embeddings: bool = False
+    """The head is the embedding, one tensor."""
+
+    attention_bias: bool = False
+    """The four projections of attention have a bias."""
+
+    qkv_bias: bool = False
+    """The projections to queries, keys and values have a bias, whatever `attention_bias` says."""
+
+    qk_norm: Literal["none", "head", "width"] = "none"
+    """Queries and keys are normalised before they are rotated, over the channels of each head or
+    over those of all heads."""
+
+    norms: Literal["before", "after"] = "before"
+    """Attention and feed-forward read normalised tokens, or what they return is normalised."""
+
+    sliding_window: int | None = None
+    """Newest tokens that a query sees in layers of type sliding_attention, itself among them."""
+
+    layer_types: tuple[str, ...] = ()
+    """full_attention or sliding_attention for each block; empty is full_attention in all."""
+
+    mlp_bias: bool = False
+    """The three projections of the feed-forward layer have a bias."""
+
+    initializer_range: float = 0.02
+    """Standard deviation of initial values; see `models/initialise.py`."""
+
+    bos_token_id: int | None = None
+    """First token of a document."""
+
+    eos_token_id: int | tuple[int, ...] | None = None
+    """Last token of a document; generation stops at any of them."""
+
+    pad_token_id: int | None = None
+    """Filler token."""
+
+    attention: str = "sdpa"
+    """Attention backend, a file name of `models/attention/`."""
+
+    kernels: Kernels = "torch"
+    """What computes norms, SwiGLU, rotary embedding and the scores of labels; see
+    `models/layers/liger.py`."""
+
+    head_chunk_tokens: int = 4096
+    """Tokens whose logits the head holds at once when it scores labels."""
+
+    head_recompute_logits: bool = True
+    """Compute logits again in the backward when there are several chunks, instead of keeping
+    them: less memory, one more matrix product."""
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_dim", "intermediate_size", "head_chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model has {name} = {getattr(self, name)}; give at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model has num_heads = {self.num_heads}, which num_kv_heads = "
+                f"{self.num_kv_heads} does not divide; give a divisor"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model has head_dim = {self.head_dim}; rotary embedding needs an even number"
+            )
+        self.rope.rotary_dim(self.head_dim)
+        self._check_layer_types()
+
+    def _check_layer_types(self) -> None:
+        if self.layer_types and len(self.layer_types) != self.num_layers:
+            raise ValueError(
+                f"model has layer_types for {len(self.layer_types)} blocks, but num_layers = "
+                f"{self.num_layers}; give one for each block"
+            )
+        for kind in self.layer_types:
+            if kind not in (FULL, SLIDING):
+                raise ValueError(
+                    f"model has layer_types with {kind!r}; the types are {FULL} and {SLIDING}"
+                )
+        if SLIDING in self.layer_types and (self.sliding_window or 0) < 1:
+            raise ValueError(
+                f"model has sliding_window = {self.sliding_window} and layers of type {SLIDING}; "
+                "give at least 1"
+            )
+
+    @property
+    def attention_types(self) -> tuple[str, ...]:
+        """Type of each block."""
+        return self.layer_types or (FULL,) * self.num_layers
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some blocks see less than the longest rows that the model is meant for."""
+        window = self.sliding_window if SLIDING in self.layer_types else None
+        return window is not None and window < self.max_position_embeddings
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have a bias."""
+        return self.attention_bias or self.qkv_bias
