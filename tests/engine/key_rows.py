@@ -29,6 +29,7 @@ def rows(reader: str, **values: Any) -> dict[str, Row]:
 
 SCHEDULE, OPTIMIZER = "engine/schedule.py:", "engine/optim.py:"
 LOOP, BUILD = "engine/loop.py:", "engine/build.py:"
+BATCHES = "engine/batches.py:"
 CHECKPOINT, MODEL = "engine/checkpoint.py:", "engine/model.py:"
 OPEN_ROWS, OPEN_PACKING = "engine/data/sources.py:open_rows", "engine/data/sources.py:_open_packing"
 RECIPE = "engine/data/sources.py:_recipe"
@@ -92,7 +93,7 @@ TRAIN = {
         f"{SCHEDULE}lr_factor", lr_scheduler__decay_type="cosine", lr_scheduler__min_lr_factor=0.25
     ),
     **rows(
-        "engine/batches.py:open_training_rows",
+        f"{BATCHES}open_training_sources",
         training__dataset="jsonl",
         training__dataset_path="{folder}/train.jsonl",
         training__seq_len=24,
@@ -164,7 +165,7 @@ TRAIN = {
     **rows("engine/cli.py:load_config", experimental__custom_import="tests.engine.own_parts"),
     **rows(f"{LOOP}_should_validate", validation__enable=True, validation__freq=3),
     **rows(
-        f"{BUILD}_validation_batches",
+        f"{BATCHES}open_validation_sources",
         validation__dataset="jsonl",
         validation__dataset_path="{folder}/validation.jsonl",
         validation__seq_len=20,
@@ -212,26 +213,26 @@ FROM_HF = {
     **rows(f"{BUILD}precision_of", training__mixed_precision_param="float32"),
     **rows(OPEN_PACKING, data__packing="none", data__long_document="split"),
     **rows(OPEN_PACKING, data__batch_tokens=48, data__pad_to_multiple=12),
-    **rows(f"{BUILD}_open_training_rows", data__largest_batch_first=True),
+    **rows(f"{BATCHES}open_training_sources", data__largest_batch_first=True),
 }
 """A start from the first one's export."""
 
 STREAMED = {
-    **rows("engine/batches.py:open_training_rows", data__streaming=True),
+    **rows(f"{BATCHES}open_training_rows", data__streaming=True),
     **rows("engine/data/sources.py:stream_rows", data__shuffle_buffer_size=7),
 }
 """The first run's text again, without preparing it."""
 
 COMPILED = {
     **rows(
-        f"{BUILD}_open_training_rows",
+        f"{BATCHES}open_training_sources",
         data__sources=[
             MixedSourceConfig(name="all", dataset="dummy", epochs=0.5),
             MixedSourceConfig(name="more", dataset="dummy", epochs=2.0),
         ],
     ),
     **rows(
-        f"{BUILD}_validation_batches",
+        f"{BATCHES}open_validation_sources",
         validation__sources=[SourceConfig(name="held_out", dataset="dummy")],
     ),
     **rows(OPEN_ROWS, data__dummy_tokens=4096),

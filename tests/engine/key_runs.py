@@ -40,7 +40,7 @@ Settings = dict[str, Any]
 
 RECORDED = (
     "engine.build.NonFinitePolicy",
-    "engine.build.mix",
+    "engine.batches.mix",
     "engine.checkpoint.restore",
     "engine.checkpoint.write_tensors",
     "engine.hf_io.load_into",
