@@ -1,7 +1,7 @@
 """From a configuration to a run that is ready for its next step; one helper for each part."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -87,8 +87,8 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     rows = None
     if not config.validation.only:
         rows = open_training_rows(config, tokenizer, batch_degree=dims.batch_degree)
-    validation = _validation_batches(config, tokenizer, dims)
-    _agree_on_data(tokenizer, rows)
+    held_out = open_validation_sources(config, tokenizer)
+    _agree_on_data(tokenizer, [*([rows] if rows else []), *held_out])
     _log_work(config, dims, architecture)
 
     model = architecture.build_meta()
@@ -126,7 +126,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
         checkpointer=checkpointer,
         meter=meter,
         stalls=stalls,
-        validation=validation,
+        validation=_validation_batches(config, held_out, dims),
         validation_names=tuple(source.name for source in config.validation.sources) or ("",),
         mixture=rows if isinstance(rows, MixedRows) else None,
     )
@@ -140,7 +140,8 @@ def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture)
         "attention: %s, kernels: %s; ranks: %s", sizes.attention, sizes.kernels, dims.describe()
     )
     log.info("number formats: %s", precision_of(config).describe())
-    log_dealing(config, dims.batch_degree)
+    if not config.validation.only:
+        log_dealing(config, dims.batch_degree)
 
 
 def _log_frozen(model: nn.Module) -> None:
@@ -174,10 +175,9 @@ def precision_of(config: JobConfig) -> PrecisionConfig:
 
 
 def _validation_batches(
-    config: JobConfig, tokenizer: Tokenizer, dims: ParallelDims
+    config: JobConfig, parts: Sequence[RowSource], dims: ParallelDims
 ) -> Callable[[], Iterable[Batch]] | None:
     validation = config.validation
-    parts = open_validation_sources(config, tokenizer)
     if not parts:
         return None
     if validation.sources:
@@ -230,15 +230,16 @@ def _checkpoint_section(config: JobConfig) -> CheckpointConfig:
     return section
 
 
-def _agree_on_data(tokenizer: Tokenizer, rows: RowSource | None) -> None:
+def _agree_on_data(tokenizer: Tokenizer, read: Sequence[RowSource]) -> None:
     """Refuse ranks that read different text, as nodes with folders of their own may."""
     group = RankGroup()
-    found = group.gather((tokenizer.fingerprint, rows.fingerprint if rows else ""))
+    found = group.gather((tokenizer.fingerprint, *(rows.fingerprint for rows in read)))
     group.close()
     if others := [rank for rank, mine in enumerate(found) if mine != found[0]]:
         raise ValueError(
-            f"training.dataset or model.hf_assets_path: ranks {others} read another text or "
-            "tokenizer than rank 0; give all nodes the same files, Python and tokenizers version"
+            f"training.dataset, data.sources, validation or model.hf_assets_path: ranks {others} "
+            "read other text or another tokenizer than rank 0; give all nodes the same files, "
+            "Python and tokenizers version"
         )
 
 
@@ -333,9 +334,11 @@ def _build_trainer(
     stalls: StallWatch,
 ) -> Trainer:
     training = config.training
-    dealing = training.dealing(dims.batch_degree)
+    rows_per_step = microbatches = 0
     batches: Iterator[Batch] = iter(())
     if rows is not None:
+        dealing = training.dealing(dims.batch_degree)
+        rows_per_step, microbatches = dealing.rows_per_step, dealing.microbatches
         batches = open_training_batches(
             config,
             rows,
@@ -352,8 +355,8 @@ def _build_trainer(
         nonfinite=NonFinitePolicy(training.on_nonfinite, gather=world.gather_texts),
         dims=dims,
         device=world.device,
-        rows_per_step=dealing.rows_per_step,
-        microbatches=dealing.microbatches,
+        rows_per_step=rows_per_step,
+        microbatches=microbatches,
         max_norm=training.max_norm,
         source_names=rows.source_names if rows is not None else ("",),
         noise=_embedding_noise(config, architecture),

@@ -303,6 +303,13 @@ def refusals(facts: Facts) -> list[str]:
     return [rule.message(facts) for rule in RULES if rule.applies(facts)]
 
 
+def check_data(config: "JobConfig") -> None:
+    """Raise ValueError for what is refused of the data, whatever the ranks and the device."""
+    facts, _ = gather_facts(config, world_size=1)
+    rules = (*DATA_RULES, *BUDGET_RULES)
+    raise_mistakes([rule.message(facts) for rule in rules if rule.applies(facts)])
+
+
 def check_combinations(
     config: "JobConfig", dims: ParallelDims, decoder: DecoderConfig, tokenizer_vocab_size: int
 ) -> None:

@@ -57,7 +57,9 @@ LAYOUT_RULES = (
     Rule(
         id="more_data_parallel_ranks_than_rows_of_a_step",
         keys=("training.global_batch_size",),
-        applies=lambda f: 0 < f.config.training.global_batch_size < f.num_data_parallel_ranks,
+        applies=lambda f: (
+            f.trains and 0 < f.config.training.global_batch_size < f.num_data_parallel_ranks
+        ),
         reason="there are {f.num_data_parallel_ranks} data-parallel ranks, some without any row",
         remedy=(
             "raise it, raise a tensor- or context-parallel degree, or start fewer ranks; those "
@@ -161,7 +163,7 @@ CONTEXT_RULES = (
     Rule(
         id="ring_with_a_sliding_window",
         keys=("parallelism.context_parallel_mode", "model.flavor"),
-        applies=lambda f: f.uses_context("ring") and f.decoder is not None and f.decoder.has_window,
+        applies=lambda f: f.uses_context("ring") and f.has_window,
         reason=(
             "the ring attends to whole pieces of a row, and the model sees only the newest "
             "{f.decoder.sliding_window} tokens in some layers"

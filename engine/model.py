@@ -127,6 +127,9 @@ class ModelNeeds:
     separate_operations: bool = False
     """Blocks are run operation by operation on whole tensors: not compiled, not tensor-parallel."""
 
+    longest_row: int | None = None
+    """Tokens of the longest row, padding included; None where it is not known."""
+
     whole_rows: bool = True
     """Queries meet the keys of their own rows only, as they do unless context parallelism hands
     keys round."""
@@ -153,7 +156,8 @@ def choose_backend(config: ModelConfig, architecture: Architecture, needs: Model
     if needs.device_type != "cuda":
         return "sdpa"
     has_cudnn = needs.whole_rows and find_spec("cudnn") is not None
-    reason = needs.refusal("cudnn", head_dim=sizes.head_dim, has_window=sizes.has_window)
+    has_window = sizes.has_window_in(needs.longest_row)
+    reason = needs.refusal("cudnn", head_dim=sizes.head_dim, has_window=has_window)
     return "cudnn" if has_cudnn and reason is None else "flex"
 
 
@@ -172,7 +176,8 @@ def resolve_architecture(config: ModelConfig, needs: ModelNeeds) -> Architecture
     architecture = find_architecture(config)
     backend = choose_backend(config, architecture, needs)
     sizes = architecture.config
-    reason = needs.refusal(backend, head_dim=sizes.head_dim, has_window=sizes.has_window)
+    has_window = sizes.has_window_in(needs.longest_row)
+    reason = needs.refusal(backend, head_dim=sizes.head_dim, has_window=has_window)
     if reason is not None:
         raise ValueError(f"model.attention = {config.attention!r} cannot run here: {reason}")
     kernels = choose_kernels(config, needs)

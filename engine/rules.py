@@ -124,8 +124,14 @@ class Facts:
         return needs.refusal(
             self.attention,
             head_dim=self.decoder.head_dim if self.decoder else 64,
-            has_window=self.decoder is not None and self.decoder.has_window,
+            has_window=self.has_window,
         )
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some blocks of the model see less than the longest rows that are read."""
+        longest = model_needs(self.config, self.device_type).longest_row
+        return self.decoder is not None and self.decoder.has_window_in(longest)
 
     @property
     def compiles_model(self) -> bool:
@@ -187,12 +193,21 @@ def model_needs(config: "JobConfig", device_type: str) -> ModelNeeds:
         device_type=device_type,
         training=not config.validation.only,
         dtype=getattr(torch, config.training.mixed_precision_param),
+        longest_row=_longest_row(config),
         separate_operations=(not config.compile.enable and parallelism.tensor_parallel_degree == 1),
         whole_rows=(
             parallelism.context_parallel_degree == 1
             or parallelism.context_parallel_mode == "ulysses"
         ),
     )
+
+
+def _longest_row(config: "JobConfig") -> int:
+    validates = config.validation.enable or config.validation.only
+    read = [config.training.seq_len] * (not config.validation.only)
+    longest = max(read + [config.validation.seq_len] * validates)
+    multiple = math.lcm(config.parallelism.token_multiple, config.data.pad_to_multiple)
+    return -(-longest // multiple) * multiple
 
 
 def missing_extras() -> frozenset[str]:

@@ -134,11 +134,11 @@ class DecoderConfig:
         """Type of each block."""
         return self.layer_types or (FULL,) * self.num_layers
 
-    @property
-    def has_window(self) -> bool:
-        """Whether some blocks see less than the longest rows that the model is meant for."""
-        window = self.sliding_window if SLIDING in self.layer_types else None
-        return window is not None and window < self.max_position_embeddings
+    def has_window_in(self, num_tokens: int | None) -> bool:
+        """Say whether some blocks see less than a row of so many tokens; None: than some row."""
+        if SLIDING not in self.layer_types or self.sliding_window is None:
+            return False
+        return num_tokens is None or self.sliding_window < num_tokens
 
     @property
     def has_qkv_bias(self) -> bool:

@@ -38,8 +38,9 @@ def _weights(config: DecoderConfig) -> Iterator[_Weight]:
 
     for index in range(config.num_layers):
         block = f"model.layers.{index}"
-        first, second = NORMS[config.norms]
-        yield _Weight(f"{block}.{first}.weight", width, False)
+        norms = [_Weight(f"{block}.{name}.weight", width, False) for name in NORMS[config.norms]]
+        if config.norms == "before":
+            yield norms.pop(0)
         for name, outputs in (("q", queries), ("k", keys), ("v", keys)):
             yield from linear(f"{block}.self_attn.{name}_proj", width, outputs, config.has_qkv_bias)
         if config.qk_norm != "none":
@@ -48,10 +49,11 @@ def _weights(config: DecoderConfig) -> Iterator[_Weight]:
                 size = channels if whole else config.head_dim
                 yield _Weight(f"{block}.self_attn.{name}_norm.weight", size, False)
         yield from linear(f"{block}.self_attn.o_proj", queries, width, config.attention_bias)
-        yield _Weight(f"{block}.{second}.weight", width, False)
+        yield norms.pop(0)
         yield from linear(f"{block}.mlp.gate_proj", width, hidden, config.mlp_bias)
         yield from linear(f"{block}.mlp.up_proj", width, hidden, config.mlp_bias)
         yield from linear(f"{block}.mlp.down_proj", hidden, width, config.mlp_bias)
+        yield from norms
     yield _Weight("model.norm.weight", width, False)
     yield _Weight("lm_head.weight", width * config.vocab_size, True)
 

@@ -33,14 +33,23 @@ def generate(
         raise ValueError("a prompt is empty; give at least one token")
     device = model.model.embed_tokens.weight.device
     tokens_BT, positions_BT, documents_BT = _pad_left(prompts, device)
-    cache = KVCache(
-        num_layers=model.config.num_layers,
-        capacity_tokens=tokens_BT.shape[1] + max_new_tokens,
-    )
+    capacity_tokens = tokens_BT.shape[1] + max_new_tokens
+    cache = KVCache(num_layers=model.config.num_layers, capacity_tokens=capacity_tokens)
+    seen = ((tokens_BT, positions_BT, documents_BT),)
+    rope = model.config.rope
+    turning_point = rope.original_max_position_embeddings if rope.kind == "longrope" else None
     new_tokens: list[Tensor] = []
     is_done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     stops = torch.tensor(list(eos_token_ids), dtype=tokens_BT.dtype, device=device)
     for _ in range(max_new_tokens):
+        if new_tokens and turning_point is not None:
+            seen = (*seen, (tokens_BT, positions_BT, documents_BT))
+            # From there on a row's keys turn by other angles than those in the cache.
+            if (positions_BT == turning_point).any():
+                cache = KVCache(num_layers=model.config.num_layers, capacity_tokens=capacity_tokens)
+                tokens_BT, positions_BT, documents_BT = (
+                    torch.cat(parts, dim=1) for parts in zip(*seen, strict=True)
+                )
         logits_BTV = model(
             tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache
         )

@@ -34,6 +34,9 @@ class HfType:
     norm_eps: float = 1e-6
     """The same for `rms_norm_eps`."""
 
+    num_kv_heads: int | None = None
+    """The same for `num_key_value_heads`; none is as many as query heads."""
+
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
     """Values of other keys that the family can reproduce."""
 
@@ -53,7 +56,7 @@ class HfType:
             "hidden_size": hf["hidden_size"],
             "num_layers": hf["num_hidden_layers"],
             "num_heads": heads,
-            "num_kv_heads": hf.get("num_key_value_heads") or heads,
+            "num_kv_heads": hf.get("num_key_value_heads", self.num_kv_heads) or heads,
             "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
             "intermediate_size": hf["intermediate_size"],
             "max_position_embeddings": hf.get(

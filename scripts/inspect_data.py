@@ -21,6 +21,7 @@ from rich.text import Text
 from engine.batches import open_sources, token_rows
 from engine.build import open_tokenizer
 from engine.cli import load_config, run_command
+from engine.combinations import check_data
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Row
 from engine.data.report import histogram, label, report_console, report_of, tables
 from engine.data.rows import TokenRows
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> None:
     if ours.rows < 0:
         raise ValueError(f"--rows {ours.rows}: give the number of rows to print, from 0 up")
     config = load_config(rest, prog="inspect_data.py --rows N")
+    check_data(config)
     output = start_logging(rank=0)
     try:
         tokenizer = open_tokenizer(config)
@@ -46,6 +48,8 @@ def main(arguments: list[str]) -> None:
     finally:
         output.close()
     console = report_console()
+    if config.data.streaming and not config.validation.only:
+        console.print("training rows are a stream and not shown; data.streaming = false shows them")
     for rows in opened:
         for number in range(min(ours.rows, rows.rows_per_epoch)):
             row = rows.row(number)

@@ -11,6 +11,7 @@ import sys
 from engine.batches import open_sources, token_rows
 from engine.build import open_tokenizer
 from engine.cli import load_config, run_command
+from engine.combinations import check_data
 from engine.data.report import report_console, report_of, tables
 from engine.logging import start_logging
 
@@ -18,6 +19,7 @@ from engine.logging import start_logging
 def main(arguments: list[str]) -> None:
     """Tokenise what is not in the cache, then print a report to standard output."""
     config = load_config(arguments, prog="prepare_data.py")
+    check_data(config)
     output = start_logging(rank=0)
     try:
         rows = token_rows(open_sources(config, open_tokenizer(config)))

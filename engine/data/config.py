@@ -315,9 +315,9 @@ class DataConfig:
             )
         if self.batch_tokens and (self.sources or self.streaming):
             raise ValueError(
-                f"data.batch_tokens = {self.batch_tokens} needs the lengths of all documents, and "
-                "neither data.sources nor data.streaming can give them; set data.batch_tokens = 0, "
-                "or name one prepared source as training.dataset"
+                f"data.batch_tokens = {self.batch_tokens} makes batches of one source whose "
+                "lengths are known, while data.sources mixes rows and data.streaming knows no "
+                "lengths; set data.batch_tokens = 0, or name one source as training.dataset"
             )
         for name, default in BATCH_KEYS.items():
             if not self.batch_tokens and (value := getattr(self, name)) != default:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row, collate
+from engine.data.mixture import MixedRows
 from engine.data.rows import RowSource
 from engine.data.streaming import StreamedRows
 
@@ -204,25 +205,41 @@ class _Deal:
                 yield [begin + n if n < self.num_rows else FILLER for n in places]
 
 
-class _Units(Dataset[list[tuple[int, Row]]]):
-    """What loaders count: single rows, or batches of them, each row with its global number."""
+_Unit = list[tuple[int, Row]] | ValueError
+
+
+class _Units(Dataset[_Unit]):
+    """What loaders count: single rows, or batches of them, each row with its global number.
+
+    Or why a stream cannot go on: raised in a worker, it would come out as an error of torch's.
+    """
 
     def __init__(self, rows: RowSource) -> None:
         self._rows = rows
 
-    def __getitem__(self, index: int) -> list[tuple[int, Row]]:
+    def __getitem__(self, index: int) -> _Unit:
         batches = self._rows.batches
         if index == FILLER:
             return [(FILLER, _filler(1 if batches else self._rows.seq_len))]
         numbers = batches.rows(index) if batches else [index]
-        return [(number, self._rows.row(number)) for number in numbers]
+        try:
+            return [(number, self._rows.row(number)) for number in numbers]
+        except ValueError as error:
+            if not isinstance(self._rows, StreamedRows):
+                raise
+            return error
 
 
 def _collate_units(
-    units: Sequence[list[tuple[int, Row]]], *, one_document_per_row: bool, pad_to_multiple: int
-) -> Batch:
+    units: Sequence[_Unit], *, one_document_per_row: bool, pad_to_multiple: int
+) -> Batch | ValueError:
+    numbered_rows: list[tuple[int, Row]] = []
+    for unit in units:
+        if isinstance(unit, ValueError):
+            return unit
+        numbered_rows += unit
     return collate(
-        [numbered for unit in units for numbered in unit],
+        numbered_rows,
         one_document_per_row=one_document_per_row,
         pad_to_multiple=pad_to_multiple,
     )
@@ -233,9 +250,11 @@ def _batches(
 ) -> Iterator[Batch]:
     workers = dataloader.num_workers
     units = _Units(rows)
-    # A stream is for the worker alone to open, and gains nothing from rows read here.
-    if workers and not isinstance(rows, StreamedRows):
-        units[next(iter(deal), [FILLER])[0]]  # before the fork: workers share the epoch's order
+    # Before the fork, so that workers share the epoch's order. A stream is for its worker to open.
+    if workers and isinstance(rows, MixedRows):
+        rows.warm(deal.start)
+    elif workers and not isinstance(rows, StreamedRows):
+        units[next(iter(deal), [FILLER])[0]]
     if rows.batches:
         pad_to_multiple = math.lcm(pad_to_multiple, rows.batches.pad_to_multiple)
     with warnings.catch_warnings():
@@ -263,7 +282,10 @@ def _batches(
     # waits for them without a limit. This runs before it.
     end_workers = partial(_kill_living, getattr(iterator, "_workers", ()))
     atexit.register(end_workers)
-    yield from iterator
+    for found in iterator:
+        if isinstance(found, ValueError):
+            raise ValueError(str(found)) from found
+        yield found
     atexit.unregister(end_workers)
 
 

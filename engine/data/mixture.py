@@ -197,6 +197,11 @@ class MixedRows:
         own = self._order.num_rows(number, index)
         return replace(self._sources[number].row(own), source=number)
 
+    def warm(self, index: int) -> None:
+        """Read a row of each source, so that processes forked later share the orders near a row."""
+        for number, source in enumerate(self._sources):
+            source.row(self._order.num_rows(number, index))
+
     def epochs_read(self, rows: int) -> dict[str, float]:
         """Return the passes over each source, by name, in the first `rows` rows of the mixture."""
         return {
@@ -233,10 +238,17 @@ class MixedRows:
 class NumberedRows:
     """The rows of one of several sources that are read one after the other."""
 
-    def __init__(self, rows: RowSource, number: int, *, one_document_per_row: bool) -> None:
+    def __init__(
+        self,
+        rows: RowSource,
+        number: int,
+        *,
+        source_names: tuple[str, ...],
+        one_document_per_row: bool,
+    ) -> None:
         self._rows = rows
         self._number = number
-        self.source_names = rows.source_names
+        self.source_names = source_names
         self.seq_len = rows.seq_len
         self.vocab_size = rows.vocab_size
         self.rows_per_epoch = rows.rows_per_epoch
@@ -253,8 +265,9 @@ class NumberedRows:
 def numbered(rows: Sequence[RowSource]) -> list[NumberedRows]:
     """Number several sources that are read one after the other, as rows of one kind."""
     one_document = all(one.one_document_per_row for one in rows)
+    names = tuple(name for one in rows for name in one.source_names)
     return [
-        NumberedRows(one, number, one_document_per_row=one_document)
+        NumberedRows(one, number, source_names=names, one_document_per_row=one_document)
         for number, one in enumerate(rows)
     ]
 

@@ -48,7 +48,7 @@ def open_rows(
             num_tokens=config.dummy_tokens,
             seed=int(digest_of(seed, split, *filter(None, [source_name]))[:8], 16),
         )
-    name = source_name or " ".join(filter(None, (dataset, dataset_path, split)))
+    name = _name(dataset, dataset_path, split, source)
     root = cache_root(config.cache_folder)
     reader = open_reader(
         dataset,
@@ -68,8 +68,7 @@ def open_rows(
         root=root,
         num_processes=config.num_processes,
     )
-    if text_format == "chat":
-        _warn_of_cuts(name, config)
+    _warn_of_cuts(name, text_format, config)
     shuffle_seed = seed if shuffle else None
     order = _order(config, num_largest_first)
     return TokenRows(
@@ -82,8 +81,13 @@ def open_rows(
     )
 
 
-def _warn_of_cuts(name: str, config: DataConfig) -> None:
-    if config.packing == "concat":
+def _name(dataset: str, path: str | None, split: Split, source: SourceConfig | None) -> str:
+    what = (source.name,) if source else (dataset, path)
+    return " ".join(filter(None, (*what, split)))
+
+
+def _warn_of_cuts(name: str, text_format: str, config: DataConfig) -> None:
+    if text_format == "chat" and config.packing == "concat":
         log.warning("%s: chats are cut where a row ends; data.packing = 'best_fit' cuts none", name)
 
 

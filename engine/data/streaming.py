@@ -151,15 +151,16 @@ class StreamedRows:
         )
         usable = [place for place, _ in mine if place.number not in self._unusable.numbers]
         self._unusable.numbers.clear()
+        self._num_without_text += len(mine) - len(usable)
         for place, document in zip(usable, documents, strict=True):
             has_text = bool(document.ids) and document.has_label
-            self._num_without_text = 0 if has_text else self._num_without_text + 1
-            if has_text:
-                self._lanes[place.number % num_lanes].waiting += self._stretches(document, place)
+            stretches = self._stretches(document, place) if has_text else []
+            self._num_without_text = 0 if stretches else self._num_without_text + 1
+            self._lanes[place.number % num_lanes].waiting += stretches
         if self._num_without_text > MOST_RECORDS_WITHOUT_TEXT:
             raise ValueError(
                 f"{self._name}: no text to train in {self._num_without_text:,} records on end; "
-                "check data.format and data.text_field"
+                "check data.format, data.text_field, data.long_document and training.seq_len"
             )
 
     def _stretches(self, document: Document, place: Place) -> "list[_Stretch]":

@@ -14,6 +14,7 @@ from typing import Any
 from engine.batches import open_training_rows
 from engine.build import open_tokenizer
 from engine.cli import CONFIG_FILE_KEY, USER_MISTAKE_EXIT_CODE, load_config, split_options
+from engine.combinations import check_data
 from engine.config import JobConfig
 from engine.logging import machine_report
 from engine.verify.elastic import (
@@ -239,6 +240,12 @@ def resolve(options: argparse.Namespace, words: Sequence[str]) -> Request:
     if CONFIG_FILE_KEY not in given:
         words = [*words, *(f"--{key}={value}" for key, value in SMALL.items() if key not in given)]
     config = load_config(words, prog="python -m engine.verify data-elastic")
+    check_data(config)
+    if config.data.batch_tokens:
+        raise ValueError(
+            f"data.batch_tokens = {config.data.batch_tokens}: a step then counts batches, and this "
+            "check counts rows; set it to 0"
+        )
     training = config.training
     if training.global_batch_size == -1:
         rows = training.local_batch_size * math.lcm(*sizes)
@@ -278,8 +285,10 @@ def numbers(option: str, text: str, *, least: int) -> list[int]:
 def describe(config: JobConfig) -> str:
     """Return what is read, in a few words."""
     training, data = config.training, config.data
-    named = " ".join(filter(None, (training.dataset, training.dataset_path)))
-    made = f"format {data.format}, packing {data.packing}{', streamed' * data.streaming}"
+    named = " + ".join(source.name for source in data.sources)
+    named = named or " ".join(filter(None, (training.dataset, training.dataset_path)))
+    formats = "/".join(sorted({form for _, form in data.read(training.dataset)}))
+    made = f"format {formats}, packing {data.packing}{', streamed' * data.streaming}"
     return f"{named}, {made}, rows of {training.seq_len} tokens"
 
 

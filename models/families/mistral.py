@@ -16,6 +16,7 @@ _TYPE = HfType(
     architecture="MistralForCausalLM",
     max_position_embeddings=131_072,
     fixed={"layer_types": (None,)},
+    num_kv_heads=8,
 )
 _WINDOW = 4096  # what transformers' MistralConfig assumes where config.json is silent
 

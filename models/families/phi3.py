@@ -82,6 +82,7 @@ FLAVORS = {
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """Read a config.json of type phi3, written by transformers 4 or 5."""
+    hf = {_ORIGINAL: 4096, **hf}  # what transformers' Phi3Config assumes
     scaling = hf.get("rope_scaling")
     if scaling and scaling.get("type") in ("su", "yarn"):  # earlier names of the same, as there
         hf = {**hf, "rope_scaling": {**scaling, "type": "longrope"}}
@@ -101,8 +102,12 @@ def config_to_hf(config: DecoderConfig) -> dict[str, object]:
     if rope.kind == "longrope":
         original = rope.original_max_position_embeddings
         lists = {"short_factor": list(rope.short_factor), "long_factor": list(rope.long_factor)}
-        # Version 4 refuses more than these three.
-        keys["rope_scaling"] = {"type": "longrope", **lists}
+        # Version 4 refuses more than these three; where they do not say all, only 5 can read it.
+        short = {"rope_theta": rope.theta, "rope_scaling": {"type": "longrope", **lists}}
+        length = {"max_position_embeddings": config.max_position_embeddings, _ORIGINAL: original}
+        fraction = {"partial_rotary_factor": rope.partial_rotary_factor}
+        if _TYPE.read_rope({**short, **length, **fraction}, is_partial=True) == rope:
+            keys["rope_scaling"] = short["rope_scaling"]
     elif rope.kind == "default":
         keys["rope_scaling"] = None
     return _TYPE.write(

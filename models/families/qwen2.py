@@ -15,6 +15,7 @@ _TYPE = HfType(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     max_position_embeddings=32_768,
+    num_kv_heads=32,
 )
 
 # Sizes are those of config.json in Qwen/Qwen2.5-0.5B, -1.5B, -3B, -7B, -14B, -32B and -72B on

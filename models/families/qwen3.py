@@ -15,6 +15,7 @@ _TYPE = HfType(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     max_position_embeddings=32_768,
+    num_kv_heads=32,
 )
 _HEAD_DIM = 128  # what transformers' Qwen3Config assumes, whatever the width and the heads
 

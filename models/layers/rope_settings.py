@@ -50,7 +50,7 @@ def ropes_from_hf(
     if not {"rope_theta", "rope_scaling", "rope_parameters"} & hf_config.keys():
         raise ValueError(
             "config.json holds no rotary settings, neither rope_theta nor rope_parameters; add "
-            '"rope_theta": 10000.0 if it is a Llama 1 or 2 model, 500000.0 if it is a Llama 3'
+            '"rope_theta" as the model was trained: 10000.0 for Llama 1 and 2, 500000.0 for Llama 3'
         )
     new = hf_config.get("rope_parameters") or {}
     by_type = {name: part for name, part in new.items() if isinstance(part, Mapping)}

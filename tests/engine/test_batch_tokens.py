@@ -89,7 +89,7 @@ def take_a_step(rank: int, world_size: int, case: Case, is_padded: bool) -> Outc
     "case",
     [
         *(Case(), Case(shard=2), Case(tp=2), Case(cp=2, context="ring")),
-        Case(shard=2, backend="aot_eager", checkpointing="full"),
+        Case(shard=2, checkpointing="full"),
     ],
     ids=str,
 )

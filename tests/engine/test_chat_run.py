@@ -1,12 +1,15 @@
 """A run on chats: its loss is the mean over the assistant's tokens, and its export can chat."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
+import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,3 +125,22 @@ def test_a_question_is_put_in_the_models_chat_template(
     (hf / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"--chat, but the model's folder has no chat template"):
         main(["--model", str(hf), "--chat", "--prompt", "x", "--device", "cpu"])
+
+
+def test_fine_tuning_leaves_what_is_frozen_as_it_was(run: Path, tmp_path: Path):
+    shutil.copytree(run / "run" / "hf", tmp_path / "hf")
+    options = (
+        *("--training.dataset=jsonl", f"--training.dataset_path={run / 'chats.jsonl'}", *CHATS),
+        *("--training.steps=2", "--optimizer.lr=0.01", "--lr_scheduler.warmup_steps=0"),
+        *("--data.num_processes=1", "--checkpoint.enable", "--checkpoint.last_save_in_hf"),
+        *("--checkpoint.initial_load_in_hf", "--checkpoint.export_dtype=float32"),
+        *("--model.freeze", "model.embed_tokens", "regex:.*mlp.*"),
+    )
+    fit(tiny_config(tmp_path, *options))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", tmp_path / "run/hf")
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        is_frozen = name.startswith("model.embed_tokens") or ".mlp." in name
+        assert torch.equal(tensor, after[name]) == is_frozen, name

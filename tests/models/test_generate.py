@@ -8,7 +8,8 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from models.cache import KVCache
 from models.generate import choose, generate, keep_likeliest
-from tests.models.tiny import random_tokens, tiny_model
+from models.layers.rope import RopeConfig
+from tests.models.tiny import TINY, random_tokens, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3, 5, 8, 9, 7]]
 
@@ -32,6 +33,21 @@ def test_greedy_tokens_with_a_cache_equal_those_without(backend):
         expected = greedy_without_cache(model, prompt, count)
         assert generate(model, [prompt], max_new_tokens=count) == [expected]
         assert len(set(expected)) > 1
+
+
+def test_rows_that_outgrow_the_original_context_are_rotated_anew():
+    half = TINY.head_dim // 2
+    rope = RopeConfig(
+        theta=10_000.0,
+        kind="longrope",
+        factor=4.0,
+        original_max_position_embeddings=12,
+        short_factor=(1.0,) * half,
+        long_factor=tuple(2.0 + n for n in range(half)),
+    )
+    model = tiny_model(rope=rope)
+    expected = [greedy_without_cache(model, prompt, 16) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, max_new_tokens=16) == expected
 
 
 def test_a_batch_of_unequal_prompts_completes_like_each_prompt_alone():

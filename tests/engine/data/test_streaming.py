@@ -183,8 +183,15 @@ def test_a_stream_without_text_is_refused(stream_of: StreamOf, tmp_path: Path):
     with pytest.raises(ValueError, match=r"is empty: a whole pass gave no record"):
         stream_of(path).row(0)
     path.write_text('{"text": ""}\n' * 30)
-    with pytest.raises(ValueError, match=r"no text to train in .* records on end; check data\."):
+    refused = r"no text to train in .* records on end; check data\."
+    with pytest.raises(ValueError, match=refused):
         stream_of(path).row(0)
+    path.write_text('{"other": "words"}\n' * 30)
+    with pytest.raises(ValueError, match=refused):
+        stream_of(path, on_bad_record="skip").row(0)
+    path.write_text('{"text": "many more words than a row has places for tokens"}\n' * 30)
+    with pytest.raises(ValueError, match=refused):
+        stream_of(path, packing="none", long_document="drop", seq_len=4).row(0)
 
 
 # --------------------------------------------------------------------- the datasets package
