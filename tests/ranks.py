@@ -103,13 +103,21 @@ def _run(task: Task) -> Any:
     try:
         result = task.function(task.rank, task.world_size, *task.args)
         if dist.is_initialized():
-            dist.barrier()  # a peer may still be connecting, and would see its connection closed
+            dist.barrier()  # as in leave_process_group
         return result
     finally:
         forget_meshes()
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()
+
+
+def leave_process_group() -> None:
+    """End the process group of a call, for a function that joins another; every rank calls this."""
+    import torch.distributed as dist
+
+    dist.barrier()  # a peer may still be connecting, and would see its connection closed
+    dist.destroy_process_group()
 
 
 def forget_meshes() -> None:

@@ -33,7 +33,7 @@ from engine.verify.refusals import Rules
 from engine.verify.report import Report, tolerance
 from engine.verify.subject import SHRUNK, SMALL, TINY, find_subject
 from models.registry import load_family
-from tests.ranks import RankPool
+from tests.ranks import RankPool, leave_process_group
 
 ROOT = Path(__file__).parents[2]
 PLANS = {
@@ -319,7 +319,7 @@ def test_several_plans_of_one_job_share_their_group(ranks: RankPool) -> None:
 
 
 def launched(rank: int, world_size: int, port: int, path: Path) -> tuple[int, int]:
-    dist.destroy_process_group()
+    leave_process_group()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     arguments = ["--plan", "fsdp2", "--device", "cpu", "--out", str(path)]
     refused = command.main(["--plan", "fsdp4"])

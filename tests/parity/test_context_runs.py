@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from engine.loop import fit
 from tests.end_to_end.launch import free_port
 from tests.engine.tiny_run import packed_documents, rows_of_run, tiny_config, tiny_folder
-from tests.ranks import RankPool
+from tests.ranks import RankPool, leave_process_group
 
 FP32_REORDERED_SUM = 1e-6  # other orders of the same sums, through six updates of AdamW
 STEPS, SAVED = 6, 3
@@ -50,8 +49,7 @@ def train(folder: Path, data: tuple[str, ...], *options: str) -> Rows:
 
 
 def as_a_rank(rank: int, world_size: int, port: int, *arguments: Any) -> Rows:
-    dist.barrier()  # a peer may still be connecting
-    dist.destroy_process_group()  # the run joins one as torchrun's ranks do
+    leave_process_group()  # the run joins one as torchrun's ranks do
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return train(*arguments)
 
