@@ -38,7 +38,7 @@ from engine.schema import (
     raise_mistakes,
     table_class,
 )
-from engine.tables import apply_option, help_text, owner_of, table_mistakes
+from engine.tables import apply_option, help_text, owner_of, table_mistakes, toml_word
 
 Config = TypeVar("Config")
 
@@ -134,7 +134,7 @@ def _toml_values(
     values: dict[str, Any] = {}
     for key, value in _toml_leaves(tables, schema, ""):
         if key not in schema:
-            problems.append(f"{key} = {_toml_word(value)} in {path} {_unknown(key, schema)}")
+            problems.append(f"{key} = {toml_word(value)} in {path} {_unknown(key, schema)}")
             continue
         leaf, given = schema[key], value
         value = from_toml(leaf.hint, given)
@@ -144,7 +144,7 @@ def _toml_values(
             problems += table_mistakes(leaf, given, f" in {path}")
         else:
             problems.append(
-                f"{key} = {_toml_word(value)} in {path} has the wrong type; "
+                f"{key} = {toml_word(value)} in {path} has the wrong type; "
                 f"give {describe(leaf.hint)}{_example(leaf)}"
             )
     values.pop(CONFIG_FILE_KEY, None)  # a saved configuration may be copied anywhere
@@ -162,14 +162,10 @@ def _toml_leaves(
             yield key, value
 
 
-def _toml_word(value: object) -> str:
-    return json.dumps(value, default=str)  # JSON spells plain TOML values alike, on one line
-
-
 def _example(leaf: Leaf) -> str:
     if leaf.default in (None, "", []) or "one of" in describe(leaf.hint):
         return ""
-    return f", such as {_toml_word(leaf.default)}"
+    return f", such as {toml_word(leaf.default)}"
 
 
 def _unknown(key: str, schema: Mapping[str, Leaf]) -> str:

@@ -44,13 +44,13 @@ def table_mistakes(leaf: Leaf, value: object, where: str) -> list[str]:
         return [f"{leaf.key}{where} is a single table; write [[{leaf.key}]] above each of them"]
     if not isinstance(value, list):
         return [
-            f"{leaf.key} = {_word(value)}{where} has the wrong type; give {describe(leaf.hint)}"
+            f"{leaf.key} = {toml_word(value)}{where} has the wrong type; give {describe(leaf.hint)}"
         ]
     problems: list[str] = []
     for number, table in enumerate(cast("list[object]", value)):
         place = f"{leaf.key}[{number}]"
         if not isinstance(table, dict):
-            problems.append(f"{place} = {_word(table)}{where} is no table; give {{name = ...}}")
+            problems.append(f"{place} = {toml_word(table)}{where} is no table; give {{name = ...}}")
             continue
         problems += _mistakes(leaf, cast("Table", table), place, where)
     return problems
@@ -66,11 +66,11 @@ def _mistakes(leaf: Leaf, table: Table, place: str, where: str) -> list[str]:
     ]
     for name, value in table.items():
         if name not in schema:
-            given = f"{place}.{name} = {_word(value)}{called}{where}"
+            given = f"{place}.{name} = {toml_word(value)}{called}{where}"
             problems.append(f"{given} {_unknown(name, schema)}")
         elif not accepts(schema[name].hint, from_toml(schema[name].hint, value)):
             problems.append(
-                f"{place}.{name} = {_word(value)}{called}{where} has the wrong type; "
+                f"{place}.{name} = {toml_word(value)}{called}{where} has the wrong type; "
                 f"give {describe(schema[name].hint)}"
             )
     return problems
@@ -82,7 +82,8 @@ def _class_of(leaf: Leaf) -> type:
     return cls
 
 
-def _word(value: object) -> str:
+def toml_word(value: object) -> str:
+    """Return a value as a message shows it: JSON spells plain TOML values alike, on one line."""
     return json.dumps(value, default=str)
 
 

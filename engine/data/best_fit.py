@@ -11,10 +11,8 @@ from bisect import bisect_left
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.packing import Permutation, RowPlan
+from engine.data.packing import Permutation, RowPlan, deal_equals
 from engine.data.slices import DocumentSlices
-
-Rows = npt.NDArray[np.integer]
 
 
 class BestFitPacking:
@@ -55,21 +53,9 @@ class BestFitPacking:
             row = int(self._in_order[row])
         places = self._places[self._begins[row] : self._begins[row + 1]]
         if self._shuffle:
-            places = self._deal(epoch, places)
+            lengths = self._lengths, self._ends
+            places = deal_equals(places, *lengths, self._seed, epoch)
         return RowPlan([self._slices[int(number)] for number in self._by_length[places]])
-
-    def _deal(self, epoch: int, places: Rows) -> list[int]:
-        """Return the places whose slices stand at `places` in an epoch."""
-        kinds = np.searchsorted(self._ends, places, side="right").tolist()
-        orders: dict[int, Permutation] = {}
-        dealt: list[int] = []
-        for place, kind in zip(places.tolist(), kinds, strict=True):
-            first = int(self._ends[kind - 1]) if kind else 0
-            if kind not in orders:
-                size, length = int(self._ends[kind]) - first, int(self._lengths[kind])
-                orders[kind] = Permutation(size, self._seed, epoch, "documents of length", length)
-            dealt.append(first + orders[kind](place - first))
-        return dealt
 
 
 def fit(counts: npt.NDArray[np.integer], seq_len: int) -> npt.NDArray[np.int32]:

@@ -7,7 +7,7 @@ so all epochs have the same number of batches, and any batch can be asked for at
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.packing import Permutation, RowPlan
+from engine.data.packing import Permutation, RowPlan, deal_equals
 from engine.data.slices import DocumentSlices
 
 Integers = npt.NDArray[np.integer]
@@ -64,11 +64,8 @@ class LengthBatches:
     def plan(self, epoch: int, row: int) -> RowPlan:
         """Return the one slice of a row."""
         if self._shuffle:
-            kind = int(np.searchsorted(self._ends, row, side="right"))
-            first = int(self._ends[kind - 1]) if kind else 0
-            size, length = int(self._ends[kind]) - first, int(self._lengths[kind])
-            deal = Permutation(size, self._seed, epoch, "documents of length", length)
-            row = first + deal(row - first)
+            lengths = self._lengths, self._ends
+            (row,) = deal_equals(np.array([row]), *lengths, self._seed, epoch)
         return RowPlan([self._slices[int(self._by_length[row])]])
 
     def rows(self, batch: int) -> range:

@@ -92,6 +92,29 @@ class Permutation:
         return cast(IntOrArray, (high << self._low_bits) | low)
 
 
+def deal_equals(
+    places: npt.NDArray[np.integer],
+    lengths: npt.NDArray[np.integer],
+    ends: npt.NDArray[np.integer],
+    seed: int,
+    epoch: int,
+) -> list[int]:
+    """Return the places whose documents stand at `places` in an epoch, each of the same length.
+
+    Places are numbered so that those of `lengths[k]` end at `ends[k]`.
+    """
+    kinds = np.searchsorted(ends, places, side="right").tolist()
+    orders: dict[int, Permutation] = {}
+    dealt: list[int] = []
+    for place, kind in zip(places.tolist(), kinds, strict=True):
+        first = int(ends[kind - 1]) if kind else 0
+        if kind not in orders:
+            size, length = int(ends[kind]) - first, int(lengths[kind])
+            orders[kind] = Permutation(size, seed, epoch, "documents of length", length)
+        dealt.append(first + orders[kind](place - first))
+    return dealt
+
+
 def mix_words(words: IntOrArray, key: int) -> IntOrArray:
     """Scramble 64-bit words under a key: the finaliser of MurmurHash3 (fmix64, public domain)."""
     # The mask only matters to Python's unbounded integers.

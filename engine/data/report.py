@@ -19,7 +19,7 @@ PAGE_WIDTH = 110
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SourceReport:
+class SourceFigures:
     """What one source holds, under the packing of a run. Lengths are in tokens, marks included."""
 
     name: str
@@ -67,12 +67,12 @@ class SourceReport:
         return self.seconds and self.num_tokens / self.seconds / self.num_processes
 
 
-def report_of(rows: TokenRows) -> SourceReport:
+def report_of(rows: TokenRows) -> SourceFigures:
     """Return the figures of a source; reads the lengths of all documents."""
     file, packing = rows.file, rows.packing
     lengths, facts = file.lengths(), file.facts
     assert file.folder is not None, "rows come from a file on disk"
-    return SourceReport(
+    return SourceFigures(
         name=rows.source_names[0],
         num_documents=len(lengths),
         num_tokens=len(file.tokens),
@@ -98,7 +98,7 @@ def report_of(rows: TokenRows) -> SourceReport:
     )
 
 
-def tables(reports: Sequence[SourceReport]) -> Group:
+def tables(reports: Sequence[SourceFigures]) -> Group:
     """Return the figures of several sources and their totals, to print with rich."""
     held = _table("source", "documents", "tokens", "trained", "mean", "median", "95%", "longest")
     packed = _table("source", "rows", "fill", "empty", "untrained", "bad", "MB on disk")
@@ -148,8 +148,8 @@ def report_console() -> Console:
     return Console(file=sys.stdout, width=width, highlight=False)
 
 
-def _add_totals(reports: Sequence[SourceReport], held: Table, packed: Table) -> None:
-    names = {field.name for field in fields(SourceReport)}
+def _add_totals(reports: Sequence[SourceFigures], held: Table, packed: Table) -> None:
+    names = {field.name for field in fields(SourceFigures)}
     total = {
         name: sum(getattr(report, name) for report in reports)
         for name in names
