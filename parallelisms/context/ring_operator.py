@@ -103,23 +103,26 @@ def _hops(
 class _Transfer:
     """A message on its way to the next rank, and one from the previous rank on its way here.
 
-    Messages between two ranks arrive in the order of their sending, so several may be under way.
+    Both are one all-to-all in which each rank has something for the next rank alone. Messages
+    between pairs of ranks (`isend`) would take memory: their tensors cannot be used again before
+    the GPU has got that far, and the host runs a whole step ahead of it
+    (https://github.com/pytorch/pytorch/issues/132292).
     """
 
     def __init__(self, sent: Tensor, group: dist.ProcessGroup) -> None:
         rank, degree = group.rank(), group.size()
-        self.sent = sent  # kept until it has left
         self.received = torch.empty_like(sent)
-        to_next = dist.P2POp(dist.isend, sent, group=group, group_peer=(rank + 1) % degree)
-        from_previous = dist.P2POp(
-            dist.irecv, self.received, group=group, group_peer=(rank - 1) % degree
+        to, come_from = [0] * degree, [0] * degree
+        to[(rank + 1) % degree] = come_from[(rank - 1) % degree] = sent.numel()
+        work = dist.all_to_all_single(
+            self.received.view(-1), sent.view(-1), come_from, to, group=group, async_op=True
         )
-        self.works = dist.batch_isend_irecv([to_next, from_previous])
+        assert work is not None, "this rank is of the group"
+        self.work = work  # it keeps both tensors until it is waited for
 
     def finish(self) -> Tensor:
         """Wait for both; return what came."""
-        for work in self.works:
-            work.wait()
+        self.work.wait()
         return self.received
 
 

@@ -45,13 +45,15 @@ def summarise(row: BenchRow, metrics_file: Path) -> dict[str, Any]:
     steady = [line for line in lines if line["step"] > row.warmup_steps and "loss" in line]
     speeds = [line["tokens_per_second_per_device"] for line in steady]
     median = statistics.median(speeds)
-    tokens = steady[-1]["tokens"] - steady[0]["tokens"]
+    before = max(line.get("tokens", 0) for line in lines if line["step"] <= row.warmup_steps)
     return {
         "steps_measured": len(steady),
         "tokens_per_second_per_gpu": round(median, 1),
         "slowest_and_fastest": [round(min(speeds), 1), round(max(speeds), 1)],
         "mfu": statistics.median(line["mfu"] or 0.0 for line in steady),
-        "tokens_per_row": round(tokens / sum(line["rows"] for line in steady[1:])),
+        "tokens_per_row": round(
+            (steady[-1]["tokens"] - before) / sum(line["rows"] for line in steady)
+        ),
         "compilations": sum(line["compilations"] for line in steady),
         "host_syncs_per_step": max(line["host_syncs"] or 0 for line in steady),
         "peak_memory_gib": round(max(line["peak_memory_gib"] for line in lines), 1),

@@ -82,6 +82,21 @@ def _documents(name: str, attention: str, *more: str, seq_len: int = 8192) -> Be
 HALF_PADDED = 6144
 """Length of a row that the standard library's files fill by half, one in each."""
 
+def _chats(name: str, rows: int, seq_len: int, packing: str) -> BenchRow:
+    """Return a row of chats on one GPU, 32,768 tokens a step; tokens/s leaves padding out."""
+    return BenchRow(
+        name=f"llama-1b {name}",
+        gpus=1,
+        config_file="train_configs/llama3_1b.toml",
+        overrides=(
+            *_speed(rows, "cudnn", "python_stdlib_chat", seq_len=seq_len),
+            "--data.format=chat",
+            "--data.chat_template=tulu",
+            f"--data.packing={packing}",
+        ),
+    )
+
+
 _LAYERS_1B = (
     *_speed(2, "sdpa"),
     "--model.hf_assets_path=scripts/bench/llama_1b_untied",
@@ -97,17 +112,25 @@ def _kernels(name: str, *more: str) -> BenchRow:
     )
 
 
-def _long(name: str, attention: str, *degrees: str, gpus: int = 2) -> BenchRow:
-    """Return a model on rows of 131,072 tokens, which `gpus` share where cp is set."""
-    model, checkpointing = ("8b", "full") if gpus == 4 else ("1b", "selective")
+def _long(
+    name: str,
+    attention: str,
+    *degrees: str,
+    gpus: int = 2,
+    model: str = "1b",
+    seq_len: int = 131072,
+    steps: int = 4,
+) -> BenchRow:
+    """Return a model on long rows, which `gpus` share where cp is set."""
+    checkpointing = {"1b": "selective", "8b": "full"}[model]
     return BenchRow(
-        name=f"llama-{model} 131072 tokens, {name}",
+        name=f"llama-{model} {seq_len} tokens, {name}",
         gpus=gpus,
         config_file=f"train_configs/llama3_{model}.toml",
         overrides=(
-            *_speed(1, attention, seq_len=131072),
+            *_speed(1, attention, seq_len=seq_len),
             "--model.hf_assets_path=",
-            "--training.steps=4",
+            f"--training.steps={steps}",
             f"--activation_checkpoint.mode={checkpointing}",
             "--activation_checkpoint.selective_ac_option=op",
             *degrees,
@@ -130,11 +153,15 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _long("CP2 ulysses", "sdpa", *_shared(2, "ulysses")),
         _long("CP2 allgather", "flex", *_shared(2, "allgather")),
     ),
+    "context-8b-2gpu": (
+        _long("CP2 ring", "sdpa", *_shared(2, "ring"), model="8b", seq_len=196608, steps=2),
+        _long("FSDP2", "sdpa", model="8b", seq_len=196608, steps=2),
+    ),
     "context-4gpu": (
-        _long("FSDP4", "sdpa", gpus=4),
-        _long("CP4 ring", "sdpa", *_shared(4, "ring"), gpus=4),
-        _long("CP4 ulysses", "sdpa", *_shared(4, "ulysses"), gpus=4),
-        _long("CP4 allgather", "flex", *_shared(4, "allgather"), gpus=4),
+        _long("FSDP4", "sdpa", gpus=4, model="8b"),
+        _long("CP4 ring", "sdpa", *_shared(4, "ring"), gpus=4, model="8b"),
+        _long("CP4 ulysses", "sdpa", *_shared(4, "ulysses"), gpus=4, model="8b"),
+        _long("CP4 allgather", "flex", *_shared(4, "allgather"), gpus=4, model="8b"),
     ),
     "dense-1gpu": (_LLAMA_1B,),
     "documents-1gpu": (
@@ -143,6 +170,10 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _documents("packed documents, varlen", "varlen"),
         _documents("packed rows, cudnn", "cudnn", seq_len=HALF_PADDED),
         _documents("padded rows, cudnn", "cudnn", "--data.packing=none", seq_len=HALF_PADDED),
+    ),
+    "chats-1gpu": (
+        _chats("packed chats, rows of 8192", 4, 8192, "best_fit"),
+        _chats("padded chats, rows of 192", 170, 192, "none"),
     ),
     "kernels-1gpu": (
         _kernels("compiled"),
