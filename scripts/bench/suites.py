@@ -82,6 +82,7 @@ def _documents(name: str, attention: str, *more: str, seq_len: int = 8192) -> Be
 HALF_PADDED = 6144
 """Length of a row that the standard library's files fill by half, one in each."""
 
+
 def _chats(name: str, rows: int, seq_len: int, packing: str) -> BenchRow:
     """Return a row of chats on one GPU, 32,768 tokens a step; tokens/s leaves padding out."""
     return BenchRow(
