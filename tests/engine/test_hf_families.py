@@ -30,8 +30,8 @@ RESOLVED = {
 }
 """Written with every default filled in; tests/parity/test_transformers_rope.py compares them."""
 
-WITHOUT_EFFECT = {"_name_or_path", "dtype", "max_window_layers"}
-"""The last one beside layer_types."""
+WITHOUT_EFFECT = {"_name_or_path", "dtype", "max_window_layers", "_sliding_window_pattern"}
+"""The last two beside layer_types."""
 
 
 def _assets(family_name: str, sizes: DecoderConfig) -> hf_io.HfAssets:
