@@ -59,7 +59,8 @@ class DecoderConfig:
     over those of all heads."""
 
     norms: Literal["before", "after", "both"] = "before"
-    """Attention and feed-forward read normalised tokens, what they return is normalised, or both."""
+    """Attention and feed-forward read normalised tokens, or what they return is normalised; or
+    both."""
 
     zero_centered_norm: bool = False
     """Weights of norms are stored as their distance from 1."""

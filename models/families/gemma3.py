@@ -3,6 +3,8 @@
 The released models from 4B on have a vision tower beside the language model, which is saved by
 itself with transformers 5:
 
+    from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+
     whole = Gemma3ForConditionalGeneration.from_pretrained(FOLDER)
     text = Gemma3ForCausalLM(whole.config.text_config)
     text.load_state_dict(whole.model.language_model.state_dict(prefix="model."), strict=False)

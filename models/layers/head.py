@@ -98,8 +98,9 @@ class LMHead(nn.Linear):
         """Return logits (B, T, V), or with labels their fp32 log-probabilities (B, T)."""
         if labels_BT is None:
             logits_BTV = F.linear(x_BTD, self.weight)
-            is_capped = self.softcap is not None
-            return soft_cap(logits_BTV, self.softcap).type_as(logits_BTV) if is_capped else logits_BTV
+            if self.softcap is None:
+                return logits_BTV
+            return soft_cap(logits_BTV, self.softcap).type_as(logits_BTV)
         chunks = zip(
             x_BTD.flatten(0, 1).split(self.chunk_tokens),
             labels_BT.flatten().split(self.chunk_tokens),

@@ -203,9 +203,9 @@ def _losses(
 def label_logps(logits_NV: Tensor, labels_N: Tensor, *, softcap: float | None = None) -> Tensor:
     """Return the fp32 log-probability of each label; 0, without gradient, where it is ignored.
 
-    `softcap` is that of `models.layers.head.label_logps`, in the kernel. The logits are lost: their gradient is written over them, and zeros where the label is ignored.
-    `LMHead` makes them for this call alone, and anew where it recomputes a chunk. That a label is
-    in the vocabulary is not checked.
+    `softcap` is that of `models.layers.head.label_logps`. The logits are lost: their gradient is
+    written over them, and zeros where the label is ignored. `LMHead` makes them for this call
+    alone, and anew where it recomputes a chunk. That a label is in the vocabulary is not checked.
     """
     logps_N = _LabelLogps.apply(logits_NV, labels_N, softcap)
     assert isinstance(logps_N, Tensor), "autograd functions return what their forward returns"

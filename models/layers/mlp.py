@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from models.layers import liger
 
-
 Activation = Literal["silu", "gelu_pytorch_tanh"]
 """Function of the gate, in the words of config.json; GELU is the approximation by tanh."""
 

@@ -45,10 +45,10 @@ def ropes_from_hf(
 ) -> dict[str, RopeConfig]:
     """Read the rotary settings of each type of layer; the type is "" where all are alike.
 
-    Version 4 writes `rope_theta` and `rope_scaling`, version 5 `rope_parameters`. Where version 4
-    also writes `rope_local_base_freq`, that is the theta of sliding_attention, and the other two are
-    of full_attention. ValueError if there is neither, if they contradict each other, or if a
-    setting is not one we know.
+    Version 4 writes `rope_theta` and `rope_scaling`, version 5 `rope_parameters`. Where there is
+    also version 4's `rope_local_base_freq`, that is the theta of sliding_attention, and the first
+    two are of full_attention. ValueError if there is neither, if they contradict each other, or if
+    a setting is not one we know.
     """
     if not {"rope_theta", "rope_scaling", "rope_parameters"} & hf_config.keys():
         raise ValueError(
