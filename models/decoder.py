@@ -293,7 +293,8 @@ class DecoderLM(nn.Module):
         Backends that attend document by document also need `document_offsets`: where each begins in
         the joined rows, then B x T, int32; a row's padding is a document, and some may be empty.
         A label of -100 scores 0. `embedding_noise_BTD`, of the embedding's dtype, is added to the
-        embeddings. With a cache, keys and values of earlier calls are seen too.
+        embeddings, after they are scaled if they are, as in transformers 5. With a cache, keys and
+        values of earlier calls are seen too.
         """
         keys = None if cache is None else cache.extend(positions_BT, documents_BT)
         documents: dict[str, Any] = {

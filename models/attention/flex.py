@@ -88,9 +88,12 @@ def _mask_function(sources: Sequence[Tensor], window: int | None = None) -> Mask
 def _score_function(softcap: float | None) -> ScoreFunction | None:
     if softcap is None:
         return None
+    # As text, which the compiler takes for a constant: a number that differs between two models of
+    # a process becomes a variable, and those fail in flex_attention (torch 2.13).
+    written = repr(softcap)
 
     def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return torch.tanh(score / softcap) * softcap
+        return torch.tanh(score / float(written)) * float(written)
 
     return capped
 

@@ -75,6 +75,7 @@ FLAVORS = {
     "debugmodel": replace(
         LLAMA["debugmodel"],
         norm_eps=1e-6,
+        tie_word_embeddings=True,
         query_pre_attn_scalar=24,
         attention_softcap=50.0,
         logit_softcap=30.0,

@@ -102,6 +102,7 @@ FLAVORS = {
     "debugmodel": replace(
         LLAMA["debugmodel"],
         norm_eps=1e-6,
+        tie_word_embeddings=True,
         rope=RopeConfig(theta=1_000_000.0, kind="linear", factor=8.0),
         sliding_rope=RopeConfig(theta=10_000.0),
         qk_norm="head",

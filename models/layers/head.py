@@ -18,7 +18,7 @@ IGNORED_LABEL = -100
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """Return fp32 `cap * tanh(x / cap)`, which lies between -cap and cap; `x` where it is None.
 
-    Source: Bello et al. 2017, arXiv:1611.09940, section 5.1.
+    Source: Gemma Team 2024, arXiv:2408.00118, section 2.
     """
     return x.float() if cap is None else (x.float() / cap).tanh() * cap
 

@@ -59,10 +59,10 @@ def ropes_from_hf(
     by_type = {name: part for name, part in new.items() if isinstance(part, Mapping)}
     if (local := hf_config.get("rope_local_base_freq")) is not None:
         sliding = {**hf_config, "rope_theta": local, "rope_scaling": None}
-        views = {_FULL: (hf_config, {} if by_type else new), _SLIDING: (sliding, {})}
+        full_part = by_type.get(_FULL, {}) if by_type else new
         return {
-            name: _one_rope(view, by_type.get(name, silent), is_partial=is_partial)
-            for name, (view, silent) in views.items()
+            _FULL: _one_rope(hf_config, full_part, is_partial=is_partial),
+            _SLIDING: _one_rope(sliding, by_type.get(_SLIDING, {}), is_partial=is_partial),
         }
     return {
         name: _one_rope(hf_config, part, is_partial=is_partial)

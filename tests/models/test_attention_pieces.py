@@ -78,6 +78,7 @@ def by_pieces(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     softcap: float | None = None,
 ) -> Results:
     """Attend to each piece of the keys (slice, mask, whether causal), and join the results."""
