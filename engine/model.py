@@ -42,13 +42,14 @@ class ModelConfig:
     """Print the model after the converters have run; without one it does nothing."""
 
     attention: Literal["auto", "eager", "sdpa", "flex", "cudnn", "varlen", "flash"] = "auto"
-    """Attention backend; auto takes sdpa on the CPU and on CUDA the fastest that can run: cudnn
-    (package nvidia-cudnn-frontend, Hopper and later), else flex."""
+    """Attention backend; auto takes sdpa on the CPU, or eager for models that cap scores softly,
+    and on CUDA the fastest that can run: cudnn (package nvidia-cudnn-frontend, Hopper and later),
+    else flex."""
 
     kernels: Literal["auto", "torch", "liger"] = "auto"
-    """What computes norms, SwiGLU, rotary embedding and the scores of labels: torch, or the Triton
-    kernels of the package liger-kernel, on GPUs without compile.enable and tensor parallelism;
-    auto takes Liger's wherever they can run."""
+    """What computes norms, SwiGLU and GEGLU, rotary embedding and the scores of labels: torch, or
+    the Triton kernels of the package liger-kernel, on GPUs without compile.enable and tensor
+    parallelism; auto takes Liger's wherever they can run."""
 
     freeze: list[str] = field(default_factory=list[str])
     """What is not trained: names of parameters or modules (`*` within one dot-separated part),
@@ -134,7 +135,9 @@ class ModelNeeds:
     """Queries meet the keys of their own rows only, as they do unless context parallelism hands
     keys round."""
 
-    def refusal(self, backend: str, *, head_dim: int, has_window: bool) -> str | None:
+    def refusal(
+        self, backend: str, *, head_dim: int, has_window: bool, has_softcap: bool
+    ) -> str | None:
         """Say why a backend cannot do this, or None if it can."""
         return unsupported_reason(
             backend,
@@ -143,6 +146,16 @@ class ModelNeeds:
             head_dim=head_dim,
             dtype=self.dtype,
             has_window=has_window,
+            has_softcap=has_softcap,
+        )
+
+    def refusal_for(self, backend: str, sizes: Any) -> str | None:
+        """Say why a backend cannot do this for a model of such a `DecoderConfig`."""
+        return self.refusal(
+            backend,
+            head_dim=sizes.head_dim,
+            has_window=sizes.has_window_in(self.longest_row),
+            has_softcap=sizes.attention_softcap is not None,
         )
 
 
@@ -151,14 +164,11 @@ def choose_backend(config: ModelConfig, architecture: Architecture, needs: Model
     sizes = architecture.config
     if config.attention != "auto":
         return config.attention
-    if sizes.attention != "sdpa":  # a flavor asks for one by name, on any device
+    # A flavor asks for one by name, on any device; or it has one of those that run everywhere.
+    if sizes.attention not in ("sdpa", "eager") or needs.device_type != "cuda":
         return sizes.attention
-    if needs.device_type != "cuda":
-        return "sdpa"
     has_cudnn = needs.whole_rows and find_spec("cudnn") is not None
-    has_window = sizes.has_window_in(needs.longest_row)
-    reason = needs.refusal("cudnn", head_dim=sizes.head_dim, has_window=has_window)
-    return "cudnn" if has_cudnn and reason is None else "flex"
+    return "cudnn" if has_cudnn and needs.refusal_for("cudnn", sizes) is None else "flex"
 
 
 def choose_kernels(config: ModelConfig, needs: ModelNeeds) -> liger.Kernels:
@@ -176,8 +186,7 @@ def resolve_architecture(config: ModelConfig, needs: ModelNeeds) -> Architecture
     architecture = find_architecture(config)
     backend = choose_backend(config, architecture, needs)
     sizes = architecture.config
-    has_window = sizes.has_window_in(needs.longest_row)
-    reason = needs.refusal(backend, head_dim=sizes.head_dim, has_window=has_window)
+    reason = needs.refusal_for(backend, sizes)
     if reason is not None:
         raise ValueError(f"model.attention = {config.attention!r} cannot run here: {reason}")
     kernels = choose_kernels(config, needs)

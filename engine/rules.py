@@ -125,6 +125,7 @@ class Facts:
             self.attention,
             head_dim=self.decoder.head_dim if self.decoder else 64,
             has_window=self.has_window,
+            has_softcap=self.decoder is not None and self.decoder.attention_softcap is not None,
         )
 
     @property

@@ -1,5 +1,6 @@
 """The decoder that all dense families share, and its one parallel plan."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -60,10 +61,12 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         if config.qk_norm != "none":
             widths = (queries, keys) if config.qk_norm == "width" else (config.head_dim,) * 2
-            self.q_norm, self.k_norm = (
-                RMSNorm(width, eps=config.norm_eps, kernels=config.kernels) for width in widths
-            )
-        self.core = AttentionCore(config.attention)
+            self.q_norm, self.k_norm = (_norm(config, width) for width in widths)
+        self.core = AttentionCore(
+            config.attention,
+            query_pre_attn_scalar=config.query_pre_attn_scalar,
+            softcap=config.attention_softcap,
+        )
         self.kernels: Kernels = config.kernels
 
     def forward(
@@ -93,11 +96,10 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        width, eps, kernels = config.hidden_size, config.norm_eps, config.kernels
-        self.input_layernorm = RMSNorm(width, eps=eps, kernels=kernels)
+        self.input_layernorm = _norm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(width, eps=eps, kernels=kernels)
-        self.mlp = GatedMLP(width, config.intermediate_size, bias=config.mlp_bias, kernels=kernels)
+        self.post_attention_layernorm = _norm(config)
+        self.mlp = _feed_forward(config)
 
     def forward(
         self,
@@ -123,11 +125,10 @@ class PostNormBlock(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        width, eps, kernels = config.hidden_size, config.norm_eps, config.kernels
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(width, eps=eps, kernels=kernels)
-        self.mlp = GatedMLP(width, config.intermediate_size, bias=config.mlp_bias, kernels=kernels)
-        self.post_feedforward_layernorm = RMSNorm(width, eps=eps, kernels=kernels)
+        self.post_attention_layernorm = _norm(config)
+        self.mlp = _feed_forward(config)
+        self.post_feedforward_layernorm = _norm(config)
 
     def forward(
         self,
@@ -143,6 +144,62 @@ class PostNormBlock(nn.Module):
         return x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD))
 
 
+class SandwichNormBlock(nn.Module):
+    """Attention and feed-forward, each between two norms and with a residual around the three.
+
+    Source: Ding et al. 2021, CogView, arXiv:2105.13290, section 2.4; Gemma Team 2024,
+    arXiv:2408.00118, section 2.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = _norm(config)
+        self.pre_feedforward_layernorm = _norm(config)
+        self.mlp = _feed_forward(config)
+        self.post_feedforward_layernorm = _norm(config)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        rotary: Rotary,
+        mask: AttentionMask,
+        cache: "LayerCache | None" = None,
+    ) -> Tensor:
+        """Return the tokens after this block."""
+        attended = self.self_attn(
+            self.input_layernorm(x_BTD), rotary=rotary, mask=mask, cache=cache
+        )
+        x_BTD = x_BTD + self.post_attention_layernorm(attended)
+        fed_forward = self.mlp(self.pre_feedforward_layernorm(x_BTD))
+        return x_BTD + self.post_feedforward_layernorm(fed_forward)
+
+
+BLOCKS = {"before": Block, "after": PostNormBlock, "both": SandwichNormBlock}
+"""By `DecoderConfig.norms`."""
+
+
+def _norm(config: DecoderConfig, width: int | None = None) -> RMSNorm:
+    return RMSNorm(
+        width or config.hidden_size,
+        eps=config.norm_eps,
+        zero_centered=config.zero_centered_norm,
+        kernels=config.kernels,
+    )
+
+
+def _feed_forward(config: DecoderConfig) -> GatedMLP:
+    return GatedMLP(
+        config.hidden_size,
+        config.intermediate_size,
+        bias=config.mlp_bias,
+        activation=config.activation,
+        kernels=config.kernels,
+    )
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and final norm."""
 
@@ -152,30 +209,34 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # Where noise of whole rows enters, so that a plan can say how it meets the embeddings.
         self.embedding_noise = nn.Identity()
-        block = Block if config.norms == "before" else PostNormBlock
+        self.embedding_scale = math.sqrt(config.hidden_size) if config.scaled_embedding else None
+        block = BLOCKS[config.norms]
         self.layers = nn.ModuleList(block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, kernels=config.kernels)
+        self.norm = _norm(config)
 
     def forward(
         self,
         tokens_BT: Tensor,
         *,
-        rotary: Rotary,
+        rotary: Mapping[str, Rotary],
         masks: Mapping[str, AttentionMask],
         embedding_noise_BTD: Tensor | None = None,
         cache: "KVCache | None" = None,
     ) -> Tensor:
         """Return the hidden state of each token (B, T, D), in the dtype of the embedding.
 
-        `masks` has one for each type of attention that a block has.
+        `rotary` and `masks` have one for each type of attention that a block has.
         """
         x_BTD = self.embed_tokens(tokens_BT)
+        if self.embedding_scale is not None:
+            # A tensor, so that it is rounded to the dtype of the embeddings before the product.
+            x_BTD = x_BTD * x_BTD.new_full((), self.embedding_scale)
         if embedding_noise_BTD is not None:
             x_BTD = x_BTD + self.embedding_noise(embedding_noise_BTD)
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
-            mask = masks[self.attention_types[index]]
-            x_BTD = block(x_BTD, rotary=rotary, mask=mask, cache=layer_cache)
+            kind = self.attention_types[index]
+            x_BTD = block(x_BTD, rotary=rotary[kind], mask=masks[kind], cache=layer_cache)
         return self.norm(x_BTD)
 
 
@@ -188,18 +249,27 @@ class DecoderLM(nn.Module):
         windows = {FULL: None, SLIDING: config.sliding_window}
         self.masks = nn.ModuleDict(
             {
-                kind: AttentionMasks(config.attention, head_dim=config.head_dim, window=window)
+                kind: AttentionMasks(
+                    config.attention,
+                    head_dim=config.head_dim,
+                    window=window,
+                    has_softcap=config.attention_softcap is not None,
+                )
                 for kind, window in windows.items()
                 if kind in config.attention_types
             }
         )
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+        self.sliding_rotary = self.rotary
+        if config.sliding_rope is not None:
+            self.sliding_rotary = RotaryEmbedding(config.sliding_rope, config.head_dim)
         self.model = Decoder(config)
         self.lm_head = LMHead(
             config.hidden_size,
             config.vocab_size,
             chunk_tokens=config.head_chunk_tokens,
             recompute_logits=config.head_recompute_logits,
+            softcap=config.logit_softcap,
             kernels=config.kernels,
         )
         if config.tie_word_embeddings:
@@ -223,7 +293,8 @@ class DecoderLM(nn.Module):
         Backends that attend document by document also need `document_offsets`: where each begins in
         the joined rows, then B x T, int32; a row's padding is a document, and some may be empty.
         A label of -100 scores 0. `embedding_noise_BTD`, of the embedding's dtype, is added to the
-        embeddings. With a cache, keys and values of earlier calls are seen too.
+        embeddings, after they are scaled if they are, as in transformers 5. With a cache, keys and
+        values of earlier calls are seen too.
         """
         keys = None if cache is None else cache.extend(positions_BT, documents_BT)
         documents: dict[str, Any] = {
@@ -232,9 +303,12 @@ class DecoderLM(nn.Module):
             "keys": keys,
         }
         masks = {kind: make(positions_BT, **documents) for kind, make in self.masks.items()}
+        rotary = {FULL: self.rotary(positions_BT)}
+        is_shared = self.sliding_rotary is self.rotary
+        rotary[SLIDING] = rotary[FULL] if is_shared else self.sliding_rotary(positions_BT)
         x_BTD = self.model(
             tokens_BT,
-            rotary=self.rotary(positions_BT),
+            rotary=rotary,
             masks=masks,
             embedding_noise_BTD=embedding_noise_BTD,
             cache=cache,
@@ -250,8 +324,10 @@ def decoder_plan(config: DecoderConfig) -> ModelPlan:
         roles["model.layers.*.self_attn.[qk]_norm"] = (
             "per_head" if config.qk_norm == "head" else "across_columns"
         )
+    if config.norms != "before":
+        roles["model.layers.*.post_feedforward_layernorm"] = "per_token"
     if config.norms == "after":
-        roles["model.layers.*.post_feedforward_layernorm"] = roles.pop(
-            "model.layers.*.input_layernorm"
-        )
+        del roles["model.layers.*.input_layernorm"]
+    if config.norms == "both":
+        roles["model.layers.*.pre_feedforward_layernorm"] = "per_token"
     return replace(plan, tensor=roles)

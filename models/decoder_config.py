@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.layers.liger import Kernels
+from models.layers.mlp import Activation
 from models.layers.rope import RopeConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -36,7 +37,7 @@ class DecoderConfig:
     """Channels inside the feed-forward layer."""
 
     rope: RopeConfig
-    """Rotary position embedding."""
+    """Rotary position embedding; where `sliding_rope` is set, of layers of type full_attention."""
 
     max_position_embeddings: int
     """Longest row in tokens that the model is meant for."""
@@ -57,11 +58,33 @@ class DecoderConfig:
     """Queries and keys are normalised before they are rotated, over the channels of each head or
     over those of all heads."""
 
-    norms: Literal["before", "after"] = "before"
-    """Attention and feed-forward read normalised tokens, or what they return is normalised."""
+    norms: Literal["before", "after", "both"] = "before"
+    """Attention and feed-forward read normalised tokens, or what they return is normalised; or
+    both."""
+
+    zero_centered_norm: bool = False
+    """Weights of norms are stored as their distance from 1."""
+
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by the root of `hidden_size`, rounded to their dtype."""
+
+    activation: Activation = "silu"
+    """Function of the gate in the feed-forward layer."""
+
+    query_pre_attn_scalar: float | None = None
+    """Scores of attention are divided by the root of this; None is `head_dim`."""
+
+    attention_softcap: float | None = None
+    """Scores of attention s become c * tanh(s / c) with this c, if any."""
+
+    logit_softcap: float | None = None
+    """The same for logits."""
 
     sliding_window: int | None = None
     """Newest tokens that a query sees in layers of type sliding_attention, itself among them."""
+
+    sliding_rope: RopeConfig | None = None
+    """Rotary position embedding of layers of type sliding_attention; None is that of all."""
 
     layer_types: tuple[str, ...] = ()
     """full_attention or sliding_attention for each block; empty is full_attention in all."""
@@ -82,10 +105,11 @@ class DecoderConfig:
     """Filler token."""
 
     attention: str = "sdpa"
-    """Attention backend, a file name of `models/attention/`."""
+    """Attention backend, a file name of `models/attention/`; eager where scores are capped, since
+    sdpa cannot."""
 
     kernels: Kernels = "torch"
-    """What computes norms, SwiGLU, rotary embedding and the scores of labels; see
+    """What computes norms, SwiGLU and GEGLU, rotary embedding and the scores of labels; see
     `models/layers/liger.py`."""
 
     head_chunk_tokens: int = 4096
@@ -109,7 +133,18 @@ class DecoderConfig:
             raise ValueError(
                 f"model has head_dim = {self.head_dim}; rotary embedding needs an even number"
             )
+        for name in ("query_pre_attn_scalar", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"model has {name} = {value}; give more than 0, or None")
         self.rope.rotary_dim(self.head_dim)
+        if self.sliding_rope is not None:
+            self.sliding_rope.rotary_dim(self.head_dim)
+            if self.sliding_rope.depends_on_length:
+                raise ValueError(
+                    f"model has sliding_rope of type {self.sliding_rope.kind}, whose angles depend "
+                    "on how long a document is; use another type for layers that see a window of it"
+                )
         self._check_layer_types()
 
     def _check_layer_types(self) -> None:

@@ -13,10 +13,14 @@ from models.decoder import SLIDING, DecoderConfig
 
 FORWARD_AND_BACKWARD = 3
 NORMS = {
-    "before": ("input_layernorm", "post_attention_layernorm"),
-    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "before": ("input_layernorm", "", "post_attention_layernorm", ""),
+    "after": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "both": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
 }
-"""Names of the two norms of a block."""
+"""Names of the norms of a block before and after attention and feed-forward; empty is none."""
 
 
 class _Weight(NamedTuple):
@@ -38,9 +42,11 @@ def _weights(config: DecoderConfig) -> Iterator[_Weight]:
 
     for index in range(config.num_layers):
         block = f"model.layers.{index}"
-        norms = [_Weight(f"{block}.{name}.weight", width, False) for name in NORMS[config.norms]]
-        if config.norms == "before":
-            yield norms.pop(0)
+        before_attention, after_attention, before_mlp, after_mlp = (
+            [_Weight(f"{block}.{name}.weight", width, False)] if name else []
+            for name in NORMS[config.norms]
+        )
+        yield from before_attention
         for name, outputs in (("q", queries), ("k", keys), ("v", keys)):
             yield from linear(f"{block}.self_attn.{name}_proj", width, outputs, config.has_qkv_bias)
         if config.qk_norm != "none":
@@ -49,11 +55,11 @@ def _weights(config: DecoderConfig) -> Iterator[_Weight]:
                 size = channels if whole else config.head_dim
                 yield _Weight(f"{block}.self_attn.{name}_norm.weight", size, False)
         yield from linear(f"{block}.self_attn.o_proj", queries, width, config.attention_bias)
-        yield norms.pop(0)
+        yield from after_attention + before_mlp
         yield from linear(f"{block}.mlp.gate_proj", width, hidden, config.mlp_bias)
         yield from linear(f"{block}.mlp.up_proj", width, hidden, config.mlp_bias)
         yield from linear(f"{block}.mlp.down_proj", hidden, width, config.mlp_bias)
-        yield from norms
+        yield from after_mlp
     yield _Weight("model.norm.weight", width, False)
     yield _Weight("lm_head.weight", width * config.vocab_size, True)
 

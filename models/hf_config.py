@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.decoder import FULL, SLIDING, DecoderConfig
+from models.layers.mlp import Activation
 from models.layers.rope import RopeConfig
 from models.layers.rope_settings import rope_from_hf, rope_to_hf
 from models.weights import KeyMap
@@ -37,6 +38,12 @@ class HfType:
     num_kv_heads: int | None = None
     """The same for `num_key_value_heads`; none is as many as query heads."""
 
+    tie_word_embeddings: bool = False
+    """The same for `tie_word_embeddings`."""
+
+    activation: Activation = "silu"
+    """The only `hidden_act` of the family."""
+
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
     """Values of other keys that the family can reproduce."""
 
@@ -63,7 +70,8 @@ class HfType:
                 "max_position_embeddings", self.max_position_embeddings
             ),
             "norm_eps": hf.get("rms_norm_eps", self.norm_eps),
-            "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+            "tie_word_embeddings": hf.get("tie_word_embeddings", self.tie_word_embeddings),
+            "activation": self.activation,
             "initializer_range": hf.get("initializer_range", 0.02),
             "bos_token_id": hf.get("bos_token_id"),
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
@@ -84,7 +92,7 @@ class HfType:
         same: dict[str, tuple[object, ...]] = {
             "model_type": (self.model_type,),
             "architectures": ([self.architecture], None),
-            "hidden_act": ("silu", None),
+            "hidden_act": (self.activation, None),
             "attention_dropout": (0, None),
             "rope_interleaved": (False, None),
             "quantization_config": (None,),
@@ -110,7 +118,7 @@ class HfType:
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
-            "hidden_act": "silu",
+            "hidden_act": config.activation,
             "max_position_embeddings": config.max_position_embeddings,
             "rms_norm_eps": config.norm_eps,
             "initializer_range": config.initializer_range,
@@ -120,7 +128,7 @@ class HfType:
             "bos_token_id": config.bos_token_id,
             "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
             "pad_token_id": config.pad_token_id,
-            **rope_to_hf(config.rope),
+            **rope_to_hf(config.rope, sliding=config.sliding_rope),
             **of_family,
         }
 

@@ -52,15 +52,16 @@ def initial_values(
 def initial_rule(model: nn.Module, config: DecoderConfig, name: str) -> InitialRule:
     """Return the rule of one parameter, by the kind of its module and the depth of the model.
 
-    Norm weights are ones, biases zeros, matrices normal with standard deviation
-    `initializer_range`, divided by sqrt(2 x num_layers) where the result is added to the residual
-    stream. Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners",
-    section 2.3, with Llama's `initializer_range`.
+    Norm weights are ones, or zeros where they are stored as their distance from 1; biases are
+    zeros; matrices are normal with standard deviation `initializer_range`, divided by
+    sqrt(2 x num_layers) where the result is added to the residual stream. Source: Radford et al.
+    2019, "Language Models are Unsupervised Multitask Learners", section 2.3, with Llama's
+    `initializer_range`.
     """
     owner_name, _, kind = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if isinstance(owner, RMSNorm):
-        return InitialRule(kind="ones")
+        return InitialRule(kind="zeros" if owner.zero_centered else "ones")
     if kind == "bias":
         return InitialRule(kind="zeros")
     assert isinstance(owner, nn.Linear | nn.Embedding), f"{name} has no rule"

@@ -110,7 +110,10 @@ class VocabularyColumns(ParallelStyle):
         module.register_forward_pre_hook(enter)
         head: Any = module
         head.label_logps = VocabularyLogps(
-            device_mesh, whole=head.label_logps, keep_split=self.loss_parallel
+            device_mesh,
+            whole=head.label_logps,
+            softcap=head.softcap,
+            keep_split=self.loss_parallel,
         )
         return module
 

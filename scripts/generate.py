@@ -9,7 +9,7 @@ It runs the engine's own model with a cache of keys and values, on a GPU where t
 import argparse
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ def load(folder: Path, *, device: torch.device, dtype: str) -> Loaded:
     """Build the model that a folder's config.json describes and fill it from its weights."""
     hf_config = read_hf_config(folder)
     family = family_for_hf(hf_config)
-    # A cache asks for one query at a time, where no backend but this needs no preparation.
-    config = replace(family.config_from_hf(hf_config), attention="sdpa")
+    # It attends with sdpa, or eager where scores are capped: a cache asks for one query at a time,
+    # for which other backends would have to prepare.
+    config = family.config_from_hf(hf_config)
     if dtype == "auto":  # as stored; transformers 4 called the key torch_dtype
         dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
     if dtype not in DTYPES:

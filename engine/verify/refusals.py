@@ -54,7 +54,7 @@ class Rules:
             world_size=case.world_size,
             device_type=self.device_type,
             decoder=self.subject.sizes(case),
-            attention=case.attention,
+            attention=self.subject.attention(case),
             num_gpus=self.num_gpus,
             num_local_ranks=self.num_local_ranks,
             missing=self.missing,
@@ -68,7 +68,7 @@ def job_config(case: Case, subject: Subject) -> JobConfig:
     return JobConfig(
         model=ModelConfig(
             name=subject.family_name,
-            attention=case.attention,  # pyright: ignore[reportArgumentType]
+            attention=subject.attention(case),  # pyright: ignore[reportArgumentType]
             kernels=case.kernels,
         ),
         training=TrainingConfig(

@@ -40,10 +40,16 @@ class Subject:
             tie_word_embeddings=case.tied,
             attention_bias=self.config.attention_bias or case.bias,
             mlp_bias=self.config.mlp_bias or case.bias,
-            attention=case.attention,
+            attention=self.attention(case),
             kernels=case.kernels,
             head_chunk_tokens=int(self.num_tokens * CHUNK) if case.chunks else 4096,
         )
+
+    def attention(self, case: Case) -> str:
+        """Return the backend of a case: eager for the usual one where that cannot cap scores."""
+        is_usual = case.attention == DEFAULTS["attention"]
+        has_softcap = self.config.attention_softcap is not None
+        return "eager" if is_usual and has_softcap else case.attention
 
     def for_ranks(self, world_size: int) -> "Subject":
         """Return it with rows and tokens that every layout of `world_size` ranks divides."""

@@ -4,7 +4,9 @@ A backend has `prepare(mask)`, called once per forward pass, `attend(q, k, v, *,
 called by every block, and `unsupported_reason(...)`. The one asked for is used or refused. Those
 that also have the functions of `PieceBackend` can attend to the keys piece by piece; those with
 `NEEDS_WHOLE_ROWS = True` attend document by document, from the offsets of whole rows; those with
-`SUPPORTS_WINDOWS = True` heed the window of a mask.
+`SUPPORTS_WINDOWS = True` heed the window of a mask; those with `SUPPORTS_SOFTCAP = True` take the
+keyword `softcap` wherever they take `scale`: scores s become softcap * tanh(s / softcap) before
+they are masked.
 """
 
 from collections.abc import Sequence
@@ -137,12 +139,18 @@ def unsupported_reason(
     head_dim: int,
     dtype: torch.dtype | None = None,
     has_window: bool = False,
+    has_softcap: bool = False,
 ) -> str | None:
     """Say why a backend cannot run on such a device, and what to do; None if it can.
 
     `dtype` is that of queries, keys and values, None where it is not known; `has_window` says
-    whether some blocks attend through a sliding window.
+    whether some blocks attend through a sliding window, `has_softcap` whether scores are capped.
     """
+    if has_softcap and not supports_softcap(backend):
+        return (
+            f"{backend} does not cap the scores of attention softly, which the model does; use "
+            "'flex' on a GPU, or 'eager'"
+        )
     if has_window and not supports_windows(backend):
         return (
             f"{backend} does not heed a sliding window, which the model has; use 'flex' on a GPU, "
@@ -160,6 +168,11 @@ def needs_whole_rows(backend: str) -> bool:
 def supports_windows(backend: str) -> bool:
     """Say whether a backend heeds the window of a mask."""
     return bool(_optional_member(backend, "SUPPORTS_WINDOWS"))
+
+
+def supports_softcap(backend: str) -> bool:
+    """Say whether a backend can cap scores."""
+    return bool(_optional_member(backend, "SUPPORTS_SOFTCAP"))
 
 
 def returns_lse(backend: str) -> bool:
@@ -193,11 +206,19 @@ def _optional_member(backend: str, name: str) -> Any:
 class AttentionMasks(nn.Module):
     """Makes the mask that all blocks of one forward pass share; holds no parameters."""
 
-    def __init__(self, backend: str, *, head_dim: int, window: int | None = None) -> None:
+    def __init__(
+        self,
+        backend: str,
+        *,
+        head_dim: int,
+        window: int | None = None,
+        has_softcap: bool = False,
+    ) -> None:
         super().__init__()
         self.backend = backend
         self.head_dim = head_dim
         self.window = window
+        self.has_softcap = has_softcap
         self.prepare = load_member(__name__, backend, "prepare")
 
     def forward(
@@ -222,6 +243,7 @@ class AttentionMasks(nn.Module):
             training=torch.is_grad_enabled(),
             head_dim=self.head_dim,
             has_window=window is not None,
+            has_softcap=self.has_softcap,
         )
         if reason is not None:
             raise ValueError(f"model.attention = {self.backend!r} cannot be used: {reason}")
@@ -238,11 +260,22 @@ class AttentionMasks(nn.Module):
 
 
 class AttentionCore(nn.Module):
-    """The arithmetic of attention, without parameters; context parallelism wraps its forward."""
+    """The arithmetic of attention, without parameters; context parallelism wraps its forward.
 
-    def __init__(self, backend: str) -> None:
+    Scores are scaled by the root of `query_pre_attn_scalar`, by default of the channels of a head.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        *,
+        query_pre_attn_scalar: float | None = None,
+        softcap: float | None = None,
+    ) -> None:
         super().__init__()
         self.backend = backend
+        self.query_pre_attn_scalar = query_pre_attn_scalar
+        self.softcap = softcap
         self.attend = load_member(__name__, backend, "attend")
         # None where the backend cannot attend piece by piece.
         self.mask_tensors, self.attend_with_lse, self.attend_backward = (
@@ -253,11 +286,14 @@ class AttentionCore(nn.Module):
         self, q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, *, mask: AttentionMask
     ) -> Tensor:
         """Return the attended values (B, T, H, C); query heads share key/value heads in groups."""
-        return self.attend(q_BTHC, k_BSKC, v_BSKC, mask=mask, scale=self.scale(q_BTHC.shape[-1]))
+        options: dict[str, Any] = {"mask": mask, "scale": self.scale(q_BTHC.shape[-1])}
+        if self.softcap is not None:
+            options["softcap"] = self.softcap
+        return self.attend(q_BTHC, k_BSKC, v_BSKC, **options)
 
     def scale(self, head_dim: int) -> float:
         """Return the factor of the scores."""
-        return head_dim**-0.5
+        return (self.query_pre_attn_scalar or head_dim) ** -0.5
 
     def extra_repr(self) -> str:
         """Show the backend."""

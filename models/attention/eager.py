@@ -8,6 +8,7 @@ from torch import Tensor
 from models.attention import AttentionMask
 
 SUPPORTS_WINDOWS = True
+SUPPORTS_SOFTCAP = True
 
 
 def prepare(mask: AttentionMask) -> Tensor:
@@ -16,13 +17,20 @@ def prepare(mask: AttentionMask) -> Tensor:
 
 
 def attend(
-    q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, *, mask: AttentionMask, scale: float
+    q_BTHC: Tensor,
+    k_BSKC: Tensor,
+    v_BSKC: Tensor,
+    *,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Return softmax(q k^T * scale) v, the softmax in fp32.
+    """Return softmax(q k^T * scale) v, the softmax and the cap in fp32.
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; the cap: Gemma Team 2024,
+    arXiv:2408.00118, section 2.
     """
-    scores_BKGTS = _scores(q_BTHC, k_BSKC, mask_tensors(mask), scale)
+    scores_BKGTS = _masked(_scores(q_BTHC, k_BSKC, scale, softcap), mask_tensors(mask))
     weights_BKGTS = torch.softmax(scores_BKGTS, dim=-1).to(v_BSKC.dtype)
     return _joined(weights_BKGTS @ _shared(v_BSKC))
 
@@ -41,9 +49,13 @@ def _shared(x_BSKC: Tensor) -> Tensor:
     return x_BSKC.transpose(1, 2).unsqueeze(2)
 
 
-def _scores(q_BTHC: Tensor, k_BSKC: Tensor, mask: Sequence[Tensor], scale: float) -> Tensor:
+def _scores(q_BTHC: Tensor, k_BSKC: Tensor, scale: float, softcap: float | None) -> Tensor:
     q_BKGTC = _grouped(q_BTHC, k_BSKC.shape[2])
     scores_BKGTS = (q_BKGTC @ _shared(k_BSKC).transpose(-1, -2)).float() * scale
+    return scores_BKGTS if softcap is None else (scores_BKGTS / softcap).tanh() * softcap
+
+
+def _masked(scores_BKGTS: Tensor, mask: Sequence[Tensor]) -> Tensor:
     return scores_BKGTS.masked_fill(~mask[0], float("-inf")) if mask else scores_BKGTS
 
 
@@ -61,9 +73,10 @@ def attend_with_lse(
     mask: Sequence[Tensor],
     is_causal: bool,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the attended values and the log-sum-exp of scores; see `PieceBackend`."""
-    scores_BKGTS = _scores(q_BTHC, k_BSKC, mask, scale)
+    scores_BKGTS = _masked(_scores(q_BTHC, k_BSKC, scale, softcap), mask)
     lse_BKGT1 = scores_BKGTS.logsumexp(-1, keepdim=True)
     weights_BKGTS = torch.exp(scores_BKGTS - _finite(lse_BKGT1)).to(v_BSKC.dtype)
     lse_BTH = _joined(lse_BKGT1).squeeze(-1)
@@ -81,17 +94,21 @@ def attend_backward(
     mask: Sequence[Tensor],
     is_causal: bool,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of this piece; see `PieceBackend`."""
     num_kv_heads, dtype = k_BSKC.shape[2], q_BTHC.dtype
     q_BKGTC, grad_BKGTC, out_BKGTC, lse_BKGT1 = (
         _grouped(x, num_kv_heads) for x in (q_BTHC, grad_BTHC, out_BTHC, lse_BTH[..., None])
     )
-    scores_BKGTS = _scores(q_BTHC, k_BSKC, mask, scale)
-    weights_BKGTS = torch.exp(scores_BKGTS - _finite(lse_BKGT1))
+    scores_BKGTS = _scores(q_BTHC, k_BSKC, scale, softcap)
+    weights_BKGTS = torch.exp(_masked(scores_BKGTS, mask) - _finite(lse_BKGT1))
     delta_BKGT1 = (grad_BKGTC.float() * out_BKGTC.float()).sum(-1, keepdim=True)
     grad_weights_BKGTS = (grad_BKGTC @ _shared(v_BSKC).transpose(-1, -2)).float()
-    grad_scores_BKGTS = (weights_BKGTS * (grad_weights_BKGTS - delta_BKGT1) * scale).to(dtype)
+    grad_scores_BKGTS = weights_BKGTS * (grad_weights_BKGTS - delta_BKGT1) * scale
+    if softcap is not None:
+        grad_scores_BKGTS = grad_scores_BKGTS * (1.0 - (scores_BKGTS / softcap) ** 2)
+    grad_scores_BKGTS = grad_scores_BKGTS.to(dtype)
     grad_q_BKGTC = grad_scores_BKGTS @ _shared(k_BSKC)
     # A key/value head gets the sum over its group.
     grad_k_BKSC = (grad_scores_BKGTS.transpose(-1, -2) @ q_BKGTC).sum(2)

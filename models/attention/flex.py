@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import (
 from models.attention import AttentionMask
 
 SUPPORTS_WINDOWS = True
+SUPPORTS_SOFTCAP = True
 SMALLEST_HEAD_DIM = 16
 BLOCK_TOKENS = 128
 BLOCK_TENSORS = (
@@ -27,6 +28,7 @@ BLOCK_TENSORS = (
 )
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @cache
@@ -83,8 +85,27 @@ def _mask_function(sources: Sequence[Tensor], window: int | None = None) -> Mask
     return is_allowed
 
 
+def _score_function(softcap: float | None) -> ScoreFunction | None:
+    if softcap is None:
+        return None
+    # As text, which the compiler takes for a constant: a number that differs between two models of
+    # a process becomes a variable, and those fail in flex_attention (torch 2.13).
+    written = repr(softcap)
+
+    def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return torch.tanh(score / float(written)) * float(written)
+
+    return capped
+
+
 def attend(
-    q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, *, mask: AttentionMask, scale: float
+    q_BTHC: Tensor,
+    k_BSKC: Tensor,
+    v_BSKC: Tensor,
+    *,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return the attended values; key/value heads are shared, not repeated."""
     # Inside a compiled block the compiler sees flex_attention itself.
@@ -95,6 +116,7 @@ def attend(
         q_BTHC.transpose(1, 2),
         k_BSKC.transpose(1, 2),
         v_BSKC.transpose(1, 2),
+        score_mod=_score_function(softcap),
         block_mask=mask.prepared,
         scale=scale,
         enable_gqa=q_BTHC.shape[2] != k_BSKC.shape[2],
@@ -119,10 +141,11 @@ def attend_with_lse(
     mask: Sequence[Tensor],
     is_causal: bool,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the attended values and the log-sum-exp of scores; see `PieceBackend`."""
     q_BTHC, k_BSKC, v_BSKC = (x.detach() for x in (q_BTHC, k_BSKC, v_BSKC))
-    return _attend_piece(q_BTHC, k_BSKC, v_BSKC, mask, scale)
+    return _attend_piece(q_BTHC, k_BSKC, v_BSKC, mask, scale, softcap)
 
 
 def attend_backward(
@@ -136,6 +159,7 @@ def attend_backward(
     mask: Sequence[Tensor],
     is_causal: bool,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of this piece; see `PieceBackend`.
 
@@ -144,7 +168,7 @@ def attend_backward(
     """
     with torch.enable_grad():
         q, k, v = leaves = [x.detach().requires_grad_() for x in (q_BTHC, k_BSKC, v_BSKC)]
-        piece_BTHC, piece_lse_BTH = _attend_piece(q, k, v, mask, scale)
+        piece_BTHC, piece_lse_BTH = _attend_piece(q, k, v, mask, scale, softcap)
     is_blind_BTH = piece_lse_BTH == float("-inf")
     weight_BTH = torch.exp(piece_lse_BTH - lse_BTH).masked_fill(is_blind_BTH, 0.0)
     grad = grad_BTHC.float()
@@ -158,7 +182,12 @@ def attend_backward(
 
 
 def _attend_piece(
-    q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Sequence[Tensor], scale: float
+    q_BTHC: Tensor,
+    k_BSKC: Tensor,
+    v_BSKC: Tensor,
+    mask: Sequence[Tensor],
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     blocks = None
     if mask:
@@ -173,17 +202,23 @@ def _attend_piece(
         )
     kernel = _compiled(_flex_with_lse) if q_BTHC.is_cuda else _flex_with_lse
     q_BHTC, k_BKSC, v_BKSC = (x.transpose(1, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
-    out_BHTC, lse_BHT = kernel(q_BHTC, k_BKSC, v_BKSC, blocks, scale)
+    out_BHTC, lse_BHT = kernel(q_BHTC, k_BKSC, v_BKSC, blocks, scale, softcap)
     return out_BHTC.transpose(1, 2), lse_BHT.transpose(1, 2)
 
 
 def _flex_with_lse(
-    q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, blocks: BlockMask | None, scale: float
+    q_BHTC: Tensor,
+    k_BKSC: Tensor,
+    v_BKSC: Tensor,
+    blocks: BlockMask | None,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     out_BHTC, aux = flex_attention(
         q_BHTC,
         k_BKSC,
         v_BKSC,
+        score_mod=_score_function(softcap),
         block_mask=blocks,
         scale=scale,
         enable_gqa=q_BHTC.shape[1] != k_BKSC.shape[1],

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Kernels = Literal["torch", "liger"]
-"""What computes norms, SwiGLU, rotary embedding and the scores of labels."""
+"""What computes norms, SwiGLU and GEGLU, rotary embedding and the scores of labels."""
 
 OLDEST_VERSION = (0, 8, 5)
 IGNORED_LABEL = -100
@@ -44,18 +44,18 @@ def unsupported_reason(device_type: str) -> str | None:
     return None
 
 
-def rms_norm(x_BTD: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return the tokens over their root mean square times `weight`, in the dtype of the input.
+def rms_norm(x_BTD: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """Return the tokens over their root mean square times `weight + offset`, in their dtype.
 
-    All arithmetic is fp32 and rounds once, as torch's does: that is the mode called "gemma" with
-    an offset of 0. In the mode "llama" the product with the weight has the dtype of the input.
+    All arithmetic is fp32 and rounds once, as torch's does: that is the mode called "gemma". In the
+    mode "llama" the product with the weight has the dtype of the input.
     """
     from liger_kernel.ops.rms_norm import (  # pyright: ignore[reportMissingImports]
         LigerRMSNormFunction,
     )
 
     # Not in place: that would write the gradient over the one that came in, which may be others'.
-    return LigerRMSNormFunction.apply(x_BTD, weight, eps, 0.0, "gemma", False)
+    return LigerRMSNormFunction.apply(x_BTD, weight, eps, offset, "gemma", False)
 
 
 def silu_mul(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
@@ -69,6 +69,18 @@ def silu_mul(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     )
 
     return LigerSiLUMulFunction.apply(gate_BTF, up_BTF)
+
+
+def gelu_mul(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+    """Return `gelu(gate) * up` with GELU approximated by tanh.
+
+    The backward writes over `gate` and `up`, as that of `silu_mul` does.
+    """
+    from liger_kernel.ops.geglu import (  # pyright: ignore[reportMissingImports]
+        LigerGELUMulFunction,
+    )
+
+    return LigerGELUMulFunction.apply(gate_BTF, up_BTF)
 
 
 class _Rotate(torch.autograd.Function):
@@ -120,23 +132,26 @@ class _LabelLogps(torch.autograd.Function):
     """Keeps, where the logits were, their gradient for an upstream gradient of one."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, softcap: float | None) -> Tensor:
         ctx.save_for_backward(logits_NV, labels_N)
-        return -_losses(logits_NV, labels_N, with_gradient=ctx.needs_input_grad[0])
+        with_gradient: bool = ctx.needs_input_grad[0]
+        return -_losses(logits_NV, labels_N, softcap=softcap, with_gradient=with_gradient)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_N: Tensor
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, None, None]:
         unit_grad_NV, labels_N = ctx.saved_tensors
         scale_N = torch.where(labels_N == IGNORED_LABEL, 0.0, -grad_N)
         # The weights are not rounded to the dtype of the logits first. As a change of the logits it
         # makes autograd refuse a second backward, which would scale twice.
-        return unit_grad_NV.detach().mul_(scale_N[:, None]), None
+        return unit_grad_NV.detach().mul_(scale_N[:, None]), None, None
 
 
-def _losses(logits_NV: Tensor, labels_N: Tensor, *, with_gradient: bool) -> Tensor:
+def _losses(
+    logits_NV: Tensor, labels_N: Tensor, *, softcap: float | None, with_gradient: bool
+) -> Tensor:
     """Return the fp32 loss of each token, and write the gradient of their sum over the logits.
 
     The kernel is launched as in `ops/cross_entropy.py:427`, but the function there returns losses
@@ -172,26 +187,26 @@ def _losses(logits_NV: Tensor, labels_N: Tensor, *, with_gradient: bool) -> Tens
         lse_square_scale=0.0,
         label_smoothing=0.0,
         reduction="none",
-        softcap=None,
+        softcap=softcap,
         RETURN_Z_LOSS=False,
         RETURN_TOKEN_ACCURACY=False,
         RETURN_PREDICTED_TOKENS=False,
         BLOCK_SIZE=min(MAX_FUSED_SIZE, 1 << (vocab_size - 1).bit_length()),
         HAS_WEIGHT=False,
-        HAS_SOFTCAPPING=False,
+        HAS_SOFTCAPPING=softcap is not None,
         HAS_GRADIENTS=with_gradient,
         num_warps=16 if torch.version.hip else 32,  # Liger's figures
     )
     return losses_N
 
 
-def label_logps(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+def label_logps(logits_NV: Tensor, labels_N: Tensor, *, softcap: float | None = None) -> Tensor:
     """Return the fp32 log-probability of each label; 0, without gradient, where it is ignored.
 
-    The logits are lost: their gradient is written over them, and zeros where the label is ignored.
-    `LMHead` makes them for this call alone, and anew where it recomputes a chunk. That a label is
-    in the vocabulary is not checked.
+    `softcap` is that of `models.layers.head.label_logps`. The logits are lost: their gradient is
+    written over them, and zeros where the label is ignored. `LMHead` makes them for this call
+    alone, and anew where it recomputes a chunk. That a label is in the vocabulary is not checked.
     """
-    logps_N = _LabelLogps.apply(logits_NV, labels_N)
+    logps_N = _LabelLogps.apply(logits_NV, labels_N, softcap)
     assert isinstance(logps_N, Tensor), "autograd functions return what their forward returns"
     return logps_N

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from models.layers.rope import RopeConfig, RopeKind
 
 _ORIGINAL = "original_max_position_embeddings"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _NEEDED: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -44,8 +45,10 @@ def ropes_from_hf(
 ) -> dict[str, RopeConfig]:
     """Read the rotary settings of each type of layer; the type is "" where all are alike.
 
-    Version 4 writes `rope_theta` and `rope_scaling`, version 5 `rope_parameters`. ValueError if
-    there is neither, if they contradict each other, or if a setting is not one we know.
+    Version 4 writes `rope_theta` and `rope_scaling`, version 5 `rope_parameters`. Where there is
+    also version 4's `rope_local_base_freq`, that is the theta of sliding_attention, and the first
+    two are of full_attention. ValueError if there is neither, if they contradict each other, or if
+    a setting is not one we know.
     """
     if not {"rope_theta", "rope_scaling", "rope_parameters"} & hf_config.keys():
         raise ValueError(
@@ -54,6 +57,13 @@ def ropes_from_hf(
         )
     new = hf_config.get("rope_parameters") or {}
     by_type = {name: part for name, part in new.items() if isinstance(part, Mapping)}
+    if (local := hf_config.get("rope_local_base_freq")) is not None:
+        sliding = {**hf_config, "rope_theta": local, "rope_scaling": None}
+        full_part = by_type.get(_FULL, {}) if by_type else new
+        return {
+            _FULL: _one_rope(hf_config, full_part, is_partial=is_partial),
+            _SLIDING: _one_rope(sliding, by_type.get(_SLIDING, {}), is_partial=is_partial),
+        }
     return {
         name: _one_rope(hf_config, part, is_partial=is_partial)
         for name, part in (by_type or {"": new}).items()
@@ -170,16 +180,24 @@ def _yarn_attention_factor(factor: float, parameters: Mapping[str, Any]) -> floa
     return growth(above) / growth(below) if above and below else growth(1.0)
 
 
-def rope_to_hf(config: RopeConfig) -> dict[str, object]:
-    """Return the rotary keys of a config.json, in the spelling of both versions."""
+def rope_to_hf(config: RopeConfig, *, sliding: RopeConfig | None = None) -> dict[str, object]:
+    """Return the rotary keys of a config.json, in the spelling of both versions.
+
+    With `sliding`, which version 4 reads as of type default, it is that of sliding_attention, and
+    the other one of full_attention.
+    """
     parameters = rope_parameters(config)
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     is_default = config.kind == "default" and config.partial_rotary_factor == 1.0
-    return {
+    written: dict[str, object] = {
         "rope_theta": config.theta,
         "rope_scaling": None if is_default else scaling,
         "rope_parameters": parameters,
     }
+    if sliding is None:
+        return written
+    by_type = {_FULL: parameters, _SLIDING: rope_parameters(sliding)}
+    return {**written, "rope_local_base_freq": sliding.theta, "rope_parameters": by_type}
 
 
 def rope_parameters(config: RopeConfig) -> dict[str, object]:

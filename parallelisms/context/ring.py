@@ -98,6 +98,7 @@ class Ring:
     ) -> Tensor:
         """Return the attended values of this rank's queries."""
         scale: float = core.scale(q_BTHC.shape[-1])  # pyright: ignore[reportCallIssue]
+        softcap: float | None = core.softcap  # pyright: ignore[reportAssignmentType]
         out_BTHC, _ = ring_attention(
             q_BTHC,
             k_BSKC,
@@ -108,5 +109,6 @@ class Ring:
             self.is_balanced,
             mask.is_causal,
             scale,
+            softcap,
         )
         return out_BTHC

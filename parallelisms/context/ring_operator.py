@@ -75,6 +75,11 @@ class _Hop:
     mask: Sequence[Tensor]
     is_causal: bool
 
+    def options(self, scale: float, softcap: float | None) -> dict[str, Any]:
+        """Return the keywords of the backend's functions, of which some know no cap."""
+        options = {"mask": self.mask, "is_causal": self.is_causal, "scale": scale}
+        return options if softcap is None else {**options, "softcap": softcap}
+
 
 def _hops(
     group: dist.ProcessGroup,
@@ -138,6 +143,7 @@ def ring_attention(
     balanced: bool,
     is_causal: bool,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the attended values (B, T, H, C) and the log-sum-exp over all keys (B, T, H).
 
@@ -154,7 +160,7 @@ def ring_attention(
         transfer = _Transfer(both, group) if number + 1 < len(hops) else None
         if hop is not None:
             q, (k, v) = q_BTHC[:, hop.queries], both[:, :, hop.keys]
-            options = {"mask": hop.mask, "is_causal": hop.is_causal, "scale": scale}
+            options = hop.options(scale, softcap)
             piece = attend_with_lse(q, k, v, **options)
             _join(out_BTHC[:, hop.queries], lse_BTH[:, hop.queries], *piece)
         if transfer is not None:
@@ -195,6 +201,7 @@ def ring_attention_backward(
     balanced: bool,
     is_causal: bool,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of this rank's queries, keys and values.
 
@@ -214,7 +221,7 @@ def ring_attention_backward(
         if hop is not None:
             grad, q, out, lse = (x[:, hop.queries] for x in local)
             k, v = both[:, :, hop.keys]
-            options = {"mask": hop.mask, "is_causal": hop.is_causal, "scale": scale}
+            options = hop.options(scale, softcap)
             found = attend_backward(grad, q, k, v, out, lse, **options)
         if coming is not None:
             grad_both = coming.finish()
@@ -238,16 +245,16 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *qkv, masks, group_name, backend, balanced, is_causal, scale = inputs
+    *qkv, masks, group_name, backend, balanced, is_causal, scale, softcap = inputs
     ctx.save_for_backward(*qkv, *output, *masks)
-    ctx.settings = (group_name, backend, balanced, is_causal, scale)
+    ctx.settings = (group_name, backend, balanced, is_causal, scale, softcap)
 
 
 def _backward(ctx: Any, grad_BTHC: Tensor, grad_lse_BTH: Tensor) -> tuple[Any, ...]:
     q_BTHC, k_BSKC, v_BSKC, out_BTHC, lse_BTH, *masks = ctx.saved_tensors
     kept = (q_BTHC, k_BSKC, v_BSKC, out_BTHC, lse_BTH)
     gradients = ring_attention_backward(grad_BTHC, *kept, masks, *ctx.settings)
-    return (*gradients, [None] * len(masks), None, None, None, None, None)
+    return (*gradients, [None] * len(masks), None, None, None, None, None, None)
 
 
 ring_attention.register_autograd(_backward, setup_context=_keep)

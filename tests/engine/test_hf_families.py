@@ -1,5 +1,7 @@
 """A model of each family goes through our import and export; transformers finds it unchanged."""
 
+import ast
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from engine import hf_io
+from engine.model import ModelConfig, find_architecture
 from engine.verify.case import Case
 from engine.verify.parity import build_case
 from engine.verify.subject import TINY
 from models.decoder_config import DecoderConfig
+from models.families import gemma3
 from models.registry import family_for_hf, load_family
 from tests.engine.test_hf_io import stored
 from tests.models.tiny import random_tokens
@@ -30,8 +41,8 @@ RESOLVED = {
 }
 """Written with every default filled in; tests/parity/test_transformers_rope.py compares them."""
 
-WITHOUT_EFFECT = {"_name_or_path", "dtype", "max_window_layers"}
-"""The last one beside layer_types."""
+WITHOUT_EFFECT = {"_name_or_path", "dtype", "max_window_layers", "_sliding_window_pattern"}
+"""The last two beside layer_types."""
 
 
 def _assets(family_name: str, sizes: DecoderConfig) -> hf_io.HfAssets:
@@ -65,6 +76,36 @@ def test_import_then_export_is_bit_equal_and_complete(name: str, tmp_path: Path)
     tokens = random_tokens(1, 96, vocab_size=SHAPE["vocab_size"])
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_the_language_model_beside_a_vision_tower_is_saved_as_the_family_says(
+    tmp_path: Path,
+) -> None:
+    text = {**SHAPE, **MODELS["gemma3"]}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    whole: Any = Gemma3ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"models/families/gemma3\.py show"):
+        find_architecture(ModelConfig(name="gemma3", hf_assets_path=str(tmp_path / "whole")))
+    recipe = ast.get_docstring(ast.parse(Path(gemma3.__file__).read_text())) or ""
+    recipe = textwrap.dedent(recipe[recipe.index("    from transformers") :])
+    exec(recipe, {"FOLDER": tmp_path / "whole", "NEW_FOLDER": tmp_path / "text"})
+    found = find_architecture(ModelConfig(name="gemma3", hf_assets_path=str(tmp_path / "text")))
+    ours = found.family.build(found.config)
+    hf_io.load_into(ours, tmp_path / "text", found.family.key_map(found.config))
+    tokens = random_tokens(1, 20, vocab_size=SHAPE["vocab_size"])
+    with torch.no_grad():
+        expected = whole(tokens).logits
+        logits = ours(tokens, positions_BT=torch.arange(20)[None])
+    assert torch.allclose(logits, expected, atol=1e-5 * float(expected.abs().max()))
 
 
 JOINED = replace(TINY, family_name="phi3")

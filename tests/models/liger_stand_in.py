@@ -56,6 +56,25 @@ class LigerRMSNormFunction(torch.autograd.Function):
         return dX.to(X.dtype), dW, None, None, None, None, None
 
 
+class LigerGELUMulFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.contiguous(), b.contiguous()
+        ctx.save_for_backward(a, b)
+        return torch.nn.functional.gelu(a.float(), approximate="tanh").to(b.dtype) * b
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = a.float().requires_grad_()
+            gelu = torch.nn.functional.gelu(gate, approximate="tanh")
+        (da,) = torch.autograd.grad(gelu, gate, grads[0].float() * b.float())
+        a.data.copy_(da)
+        b.data.copy_(grads[0].float() * gelu.detach())
+        return a, b
+
+
 class LigerSiLUMulFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -108,7 +127,10 @@ class CrossEntropyKernel:
         return launch
 
 
-_USED = ("X_ptr", "Y_ptr", "loss_ptr", "ignore_index", "n_cols", "HAS_GRADIENTS", "reduction")
+_USED = (
+    *("X_ptr", "Y_ptr", "loss_ptr", "ignore_index", "n_cols", "HAS_GRADIENTS", "reduction"),
+    *("softcap", "HAS_SOFTCAPPING"),
+)
 
 
 def _score(
@@ -120,21 +142,27 @@ def _score(
     n_cols: int,
     HAS_GRADIENTS: bool,
     reduction: str,
+    softcap: float | None,
+    HAS_SOFTCAPPING: bool,
 ) -> None:
+    assert HAS_SOFTCAPPING is (softcap is not None)
     assert reduction == "none" and n_cols == X_ptr.shape[1]
     is_scored = Y_ptr != ignore_index
     target = torch.where(is_scored, Y_ptr, 0)[:, None]
     logits = X_ptr.data.float()
+    tanh = torch.zeros_like(logits) if softcap is None else torch.tanh(logits / softcap)
+    logits = logits if softcap is None else tanh * softcap
     losses = logits.logsumexp(-1) - logits.gather(1, target).squeeze(1)
     loss_ptr.data[is_scored] = losses[is_scored].to(loss_ptr.dtype)
     X_ptr.data[~is_scored] = 0.0
     if HAS_GRADIENTS:
         gradient = logits.softmax(-1).scatter_add_(1, target, torch.full(target.shape, -1.0))
-        X_ptr.data.copy_(torch.where(is_scored[:, None], gradient, 0.0))
+        X_ptr.data.copy_(torch.where(is_scored[:, None], gradient * (1 - tanh**2), 0.0))
 
 
 MEMBERS: dict[str, dict[str, Any]] = {
     "rms_norm": {"LigerRMSNormFunction": LigerRMSNormFunction},
+    "geglu": {"LigerGELUMulFunction": LigerGELUMulFunction},
     "swiglu": {"LigerSiLUMulFunction": LigerSiLUMulFunction},
     "rope": {"rope_forward": rope_forward, "rope_backward": rope_backward},
     "cross_entropy": {

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex_module
 
-from models.attention import AttentionCore, AttentionMask, AttentionMasks, returns_lse
+from models.attention import (
+    AttentionCore,
+    AttentionMask,
+    AttentionMasks,
+    returns_lse,
+    supports_softcap,
+)
 from models.attention import flex as flex_backend
 
 BACKENDS = ("eager", "flex", "sdpa")
@@ -41,11 +47,19 @@ def random_inputs(
     return grad, q, draw(num_keys, num_kv_heads), draw(num_keys, num_kv_heads)
 
 
-def reference(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, allowed_BTS: Tensor) -> Results:
+def reference(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed_BTS: Tensor,
+    softcap: float | None = None,
+) -> Results:
     """Return outputs and gradients of attention written out in fp64, without any of our code."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     copies = q.shape[2] // k.shape[2]
     scores = torch.einsum("bthc,bshc->bhts", q, k.repeat_interleave(copies, dim=2)) * SCALE
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~allowed_BTS[:, None], float("-inf"))
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse.isinf(), 0.0)[..., None])
@@ -58,13 +72,21 @@ Piece = tuple[slice, list[Tensor], bool]
 
 
 def by_pieces(
-    backend: str, pieces: list[Piece], grad: Tensor, q: Tensor, k: Tensor, v: Tensor
+    backend: str,
+    pieces: list[Piece],
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softcap: float | None = None,
 ) -> Results:
     """Attend to each piece of the keys (slice, mask, whether causal), and join the results."""
     core = AttentionCore(backend)
+    cap = {} if softcap is None else {"softcap": softcap}
     results = []
     for keys, mask, is_causal in pieces:
-        options: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "scale": SCALE}
+        options: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "scale": SCALE, **cap}
         results.append(core.attend_with_lse(q, k[:, keys], v[:, keys], **options))
         out, lse = results[-1]
         assert out.dtype == q.dtype
@@ -76,7 +98,7 @@ def by_pieces(
     out = (weights * torch.stack([out for out, _ in results]).float()).sum(0).to(q.dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
     for keys, mask, is_causal in pieces:
-        options = {"mask": mask, "is_causal": is_causal, "scale": SCALE}
+        options = {"mask": mask, "is_causal": is_causal, "scale": SCALE, **cap}
         found = core.attend_backward(grad, q, k[:, keys], v[:, keys], out, lse, **options)
         for total, part in zip((dq, dk[:, keys], dv[:, keys]), found, strict=True):
             total += part
@@ -106,7 +128,11 @@ def made_mask(backend: str, **options: Any) -> tuple[AttentionMask, list[Tensor]
 
 
 def check_masked_pieces(
-    backend: str, num_kv_heads: int, dtype: torch.dtype, device: str = "cpu"
+    backend: str,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    softcap: float | None = None,
 ) -> None:
     documents_BT, documents_BS = (x.to(device) for x in random_documents())
     places_BT = torch.arange(8, 8 + QUERIES, device=device).expand(ROWS, -1)
@@ -123,9 +149,9 @@ def check_masked_pieces(
     inputs = random_inputs(num_kv_heads, device=device)
     allowed_BTS = torch.cat(allowed, dim=-1)
     assert not allowed_BTS[:, -3:].any()
-    expected = reference(*inputs, allowed_BTS)
+    expected = reference(*inputs, allowed_BTS, softcap)
     assert expected["lse"][:, -3:].isinf().all()
-    found = by_pieces(backend, pieces, *(x.to(dtype) for x in inputs))
+    found = by_pieces(backend, pieces, *(x.to(dtype) for x in inputs), softcap=softcap)
     check(found, expected, TOLERANCES[dtype])
 
 
@@ -156,6 +182,11 @@ def test_masked_pieces_together_give_the_whole(
     check_masked_pieces(backend, num_kv_heads, dtype)
 
 
+@pytest.mark.parametrize("backend", ["eager", "flex"])
+def test_masked_pieces_of_capped_scores_together_give_the_whole(backend: str) -> None:
+    check_masked_pieces(backend, 2, torch.float32, softcap=1.0)
+
+
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_causal_piece_and_one_that_all_see_give_the_whole(
@@ -173,6 +204,8 @@ def test_pieces_together_give_the_whole_on_a_gpu(backend: str, dtype: torch.dtyp
     for num_kv_heads in (4, 2):
         check_masked_pieces(backend, num_kv_heads, dtype, "cuda")
         check_causal_and_whole_piece(backend, num_kv_heads, dtype, "cuda")
+    if supports_softcap(backend):
+        check_masked_pieces(backend, 2, dtype, "cuda", softcap=1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

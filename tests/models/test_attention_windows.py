@@ -1,4 +1,4 @@
-"""Sliding windows: how far a query sees under every backend, and which backends are refused."""
+"""Sliding windows and soft caps under every backend, and which backends are refused."""
 
 from itertools import pairwise
 from typing import Any
@@ -9,16 +9,24 @@ from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
 from engine.data.batch import document_offsets
-from engine.model import ModelConfig, ModelNeeds, choose_backend, find_architecture
+from engine.model import (
+    ModelConfig,
+    ModelNeeds,
+    choose_backend,
+    find_architecture,
+    resolve_architecture,
+)
 from models.attention import (
     AttentionCore,
     AttentionMasks,
     backend_names,
+    supports_softcap,
     supports_windows,
     unsupported_reason,
     varlen,
 )
 from models.decoder import FULL, SLIDING, DecoderConfig
+from models.layers.rope import RopeConfig
 from tests.models.test_attention import flex_trains_on_cpu
 from tests.models.tiny import TINY, gradients, packed, random_tokens, tiny_model, worst_error
 
@@ -77,6 +85,16 @@ def test_every_backend_with_a_window_equals_the_written_out_one(backend, is_pack
     assert worst_error(outcome(backend, is_packed), expected) <= FP32_REORDERED_SUM
 
 
+@pytest.mark.usefixtures("flex_trains_on_cpu")
+def test_a_soft_cap_under_flex_equals_the_written_out_one():
+    sizes: dict[str, Any] = {"attention_softcap": 1.5, "query_pre_attn_scalar": 3}
+    expected = outcome("eager", True, **sizes)
+    assert worst_error(outcome("flex", True, **sizes), expected) <= FP32_REORDERED_SUM
+    for change in ({"attention_softcap": None}, {"query_pre_attn_scalar": None}):
+        other = outcome("eager", True, **{**sizes, **change})
+        assert worst_error(other, expected) > 1000 * FP32_REORDERED_SUM
+
+
 def test_a_window_as_long_as_the_longest_document_changes_nothing():
     expected = outcome("sdpa", is_packed=True, sliding_window=None, layer_types=())
     whole, shorter = (outcome("sdpa", is_packed=True, sliding_window=n) for n in (17, 16))
@@ -86,12 +104,15 @@ def test_a_window_as_long_as_the_longest_document_changes_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("backend", ["sdpa", "flex", "varlen"])
+@pytest.mark.parametrize(
+    ("backend", "softcap"), [("sdpa", None), ("flex", None), ("varlen", None), ("flex", 2.0)]
+)
+@pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "one_document"])
-def test_the_kernels_of_a_gpu_heed_a_window(backend, is_packed):
+def test_the_kernels_of_a_gpu_heed_a_window_and_a_soft_cap(backend, softcap, head_dim, is_packed):
     results = []
     for name in ("eager", backend):
-        mask_of = AttentionMasks(name, head_dim=64, window=100)
+        mask_of = AttentionMasks(name, head_dim=head_dim, window=100)
         documents = torch.arange(512, device="cuda").ge(200).long().expand(2, -1).contiguous()
         options: dict[str, Any] = {}
         if is_packed:
@@ -99,9 +120,9 @@ def test_the_kernels_of_a_gpu_heed_a_window(backend, is_packed):
             options = {"documents_BT": documents, "document_offsets": offsets}
         mask = mask_of(torch.arange(512, device="cuda").expand(2, -1).contiguous(), **options)
         torch.manual_seed(0)
-        leaves = [torch.randn(2, 512, heads, 64, device="cuda") for heads in (4, 2, 2)]
+        leaves = [torch.randn(2, 512, heads, head_dim, device="cuda") for heads in (4, 2, 2)]
         leaves = [x.bfloat16().requires_grad_() for x in leaves]
-        out = AttentionCore(name)(*leaves, mask=mask)
+        out = AttentionCore(name, softcap=softcap)(*leaves, mask=mask)
         gradients = torch.autograd.grad(out.float().square().sum(), leaves)
         results.append(dict(zip("oqkv", (out.detach().float(), *gradients), strict=True)))
     assert worst_error(results[1], results[0]) <= BF16_ARITHMETIC
@@ -139,9 +160,34 @@ def test_backends_that_do_not_heed_a_window_are_refused_and_auto_takes_one_that_
         assert choose_backend(config, find_architecture(config), needs) == expected
 
 
+def test_backends_that_do_not_cap_scores_are_refused_and_auto_takes_one_that_does():
+    capping = [backend for backend in backend_names() if supports_softcap(backend)]
+    assert capping == ["eager", "flex"]
+    for backend in ("sdpa", "cudnn", "varlen", "flash"):
+        mask_of = AttentionMasks(backend, head_dim=64, has_softcap=True)
+        with pytest.raises(ValueError, match=f"'{backend}' cannot be used: .* does not cap"):
+            mask_of(torch.arange(8)[None])
+    for asked, device_type, expected in (
+        ("auto", "cpu", "eager"),
+        ("auto", "cuda", "flex"),
+        ("eager", "cuda", "eager"),
+    ):
+        config = ModelConfig(name="gemma2", flavor="2B", attention=asked)  # pyright: ignore
+        needs = ModelNeeds(device_type=device_type)
+        assert resolve_architecture(config, needs).config.attention == expected
+    with pytest.raises(ValueError, match=r"model\.attention = 'sdpa' .*does not cap.*'eager'"):
+        config = ModelConfig(name="gemma2", flavor="2B", attention="sdpa")
+        resolve_architecture(config, ModelNeeds(device_type="cuda"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"attention_softcap": 0.0}, r"attention_softcap = 0\.0; give more than 0, or None"),
+        (
+            {"sliding_rope": RopeConfig(theta=1e4, kind="dynamic", factor=2.0)},
+            "sliding_rope of type dynamic",
+        ),
         ({"layer_types": (SLIDING,)}, "layer_types for 1 blocks, but num_layers = 2"),
         ({"layer_types": ("chunked_attention", FULL)}, "'chunked_attention'; the types are"),
         ({"layer_types": (FULL, SLIDING)}, "sliding_window = None"),

@@ -23,6 +23,7 @@ SHAPES = {
     "wide_heads": {"num_kv_heads": 4, "head_dim": 16},
     "bias": {"attention_bias": True, "mlp_bias": True},
     "qkv_bias_and_head_norms": {"qkv_bias": True, "qk_norm": "head"},
+    "norms_on_both_sides": {"norms": "both", "zero_centered_norm": True, "attention_softcap": 5.0},
     "norms_after_and_across_heads": {"norms": "after", "qk_norm": "width"},
 }
 

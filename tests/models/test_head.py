@@ -29,24 +29,26 @@ def make_inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return x.requires_grad_(), labels
 
 
-def dense(x, weight, labels):
+def dense(x, weight, labels, softcap=None):
     logits = F.linear(x, weight).float().flatten(0, 1)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return -F.cross_entropy(logits, labels.flatten(), reduction="none", ignore_index=-100)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 11, 32, 33, 4096])
+@pytest.mark.parametrize("softcap", [None, 1.5])
 def test_chunked_log_probabilities_equal_the_dense_ones_in_value_and_gradient(
-    chunk_tokens, recompute
+    chunk_tokens, recompute, softcap
 ):
-    head = make_head(chunk_tokens=chunk_tokens, recompute_logits=recompute)
+    head = make_head(chunk_tokens=chunk_tokens, recompute_logits=recompute, softcap=softcap)
     x, labels = make_inputs()
     upstream = torch.randn(ROWS, TOKENS, generator=torch.Generator().manual_seed(2))
     logps = head(x, labels_BT=labels)
     assert logps.shape == labels.shape
     assert logps.dtype == torch.float32
     found = torch.autograd.grad((logps * upstream).sum(), (x, head.weight))
-    reference = dense(x, head.weight, labels).view_as(labels)
+    reference = dense(x, head.weight, labels, softcap).view_as(labels)
     expected = torch.autograd.grad((reference * upstream).sum(), (x, head.weight))
     assert torch.allclose(logps, reference, atol=FP32_REORDERED_SUM)
     for ours, theirs in zip(found, expected, strict=True):
@@ -148,11 +150,13 @@ def test_every_chunk_goes_through_the_one_seam():
     assert sizes == [8, 8, 8, 8, 1]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_models_head_is_right_whether_tied_to_the_embedding_or_not(tied):
+@pytest.mark.parametrize(("tied", "softcap"), [(True, None), (False, None), (True, 2.0)])
+def test_a_models_head_is_right_whether_tied_to_the_embedding_or_not(tied, softcap):
     results = []
     for chunk_tokens in (5, 4096):
-        model = tiny_model(tie_word_embeddings=tied, head_chunk_tokens=chunk_tokens)
+        model = tiny_model(
+            tie_word_embeddings=tied, head_chunk_tokens=chunk_tokens, logit_softcap=softcap
+        )
         tokens, positions = random_tokens(2, 13), torch.arange(13).expand(2, 13)
         labels = tokens.roll(-1, dims=1)
         model(tokens, positions_BT=positions, labels_BT=labels).sum().backward()
@@ -166,9 +170,11 @@ def test_a_models_head_is_right_whether_tied_to_the_embedding_or_not(tied):
         assert worst_error(found, results[0]) <= FP32_REORDERED_SUM
 
 
-def test_a_compiled_seam_gives_the_same_values_and_gradients():
-    head, compiled = make_head(), make_head()
-    compiled.label_logps = torch.compile(label_logps, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_compiled_seam_gives_the_same_values_and_gradients(softcap):
+    head, compiled = make_head(softcap=softcap), make_head(softcap=softcap)
+    seam = compiled.label_logps
+    compiled.label_logps = torch.compile(seam, fullgraph=True, backend="aot_eager")
     x, labels = make_inputs()
     results = []
     for one in (head, compiled):

@@ -90,6 +90,9 @@ def test_standard_deviations_follow_kind_and_depth():
     assert rule[f"{block}.mlp.down_proj.weight"].std == TINY.initializer_range / 2
     assert rule[f"{block}.self_attn.q_proj.bias"].kind == "zeros"
     assert rule["model.norm.weight"].kind == "ones"
+    centred = tiny_model(zero_centered_norm=True, qk_norm="head")
+    for name in ("model.norm.weight", f"{block}.self_attn.q_norm.weight"):
+        assert initial_rule(centred, TINY, name).kind == "zeros"
     drawn = whole((4096, 64))
     assert drawn.std().item() == pytest.approx(NORMAL.std, rel=0.01)
     assert abs(drawn.mean().item()) < 1e-4

@@ -20,7 +20,7 @@ from engine.verify.parity import BF16_ARITHMETIC, FP32_REORDERED_SUM, Comparison
 from engine.verify.ranks import Job, Row, run_here
 from engine.verify.report import tolerance
 from engine.verify.subject import SMALL
-from models.layers import head, liger, rope
+from models.layers import head, liger, norm, rope
 from tests.models.liger_stand_in import stand_in
 from tests.models.tiny import gradients, random_tokens, tiny_model, worst_error
 from tests.parity.cases import run_case
@@ -72,11 +72,21 @@ def check_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> N
         lambda x, weight: liger.rms_norm(x, weight, 1e-5),
         inputs,
     )
+    torch_norm, liger_norm = (
+        norm.RMSNorm(shape[-1], eps=1e-5, zero_centered=True, kernels=kernels)
+        for kernels in ("torch", "liger")
+    )
+    check(
+        lambda x, weight: torch.func.functional_call(torch_norm, {"weight": weight}, x),
+        lambda x, weight: torch.func.functional_call(liger_norm, {"weight": weight}, x),
+        inputs,
+    )
 
 
 def check_silu_mul(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     inputs = [random(*shape, dtype=dtype, device=device, seed=number) for number in range(2)]
     check(lambda gate, up: F.silu(gate) * up, liger.silu_mul, inputs)
+    check(lambda gate, up: F.gelu(gate, approximate="tanh") * up, liger.gelu_mul, inputs)
 
 
 def check_rotate(
@@ -97,7 +107,13 @@ def check_rotate(
     )
 
 
-def check_label_logps(tokens: int, vocab_size: int, dtype: torch.dtype, device: str) -> None:
+def check_label_logps(
+    tokens: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: str,
+    softcap: float | None = None,
+) -> None:
     """Compare each token's value and gradient alone, since each has a weight of its own."""
     logits = random(tokens, vocab_size, dtype=dtype, device=device) * 3
     labels = torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(1))
@@ -108,7 +124,7 @@ def check_label_logps(tokens: int, vocab_size: int, dtype: torch.dtype, device: 
     found: list[list[Tensor]] = []
     for function in (head.label_logps, liger.label_logps):
         leaf = logits.clone().requires_grad_()
-        logps = function(leaf.view_as(leaf), labels)
+        logps = function(leaf.view_as(leaf), labels, softcap=softcap)
         assert logps.dtype == torch.float32
         found.append([logps.detach(), *torch.autograd.grad(logps, leaf, weights)])
     (expected, expected_grad), (logps, grad) = found
@@ -130,6 +146,7 @@ def test_each_function_hands_over_what_liger_takes(dtype: torch.dtype) -> None:
         check_silu_mul((2, 5, 48), dtype, "cpu")
         check_rotate(4, 2, 8, dtype, "cpu")
         check_label_logps(40, 61, dtype, "cpu")
+        check_label_logps(40, 61, dtype, "cpu", softcap=3.0)
 
 
 def test_a_second_backward_through_the_scores_is_refused() -> None:
@@ -148,7 +165,13 @@ def test_a_model_computes_the_same_with_the_stand_in(chunk_tokens: int, recomput
     labels[0, :5] = -100
     positions = torch.arange(13).expand(2, -1)
     weights = torch.rand(2, 13, generator=torch.Generator().manual_seed(2))
-    sizes = {"head_chunk_tokens": chunk_tokens, "head_recompute_logits": recompute}
+    sizes: dict[str, Any] = {
+        "head_chunk_tokens": chunk_tokens,
+        "head_recompute_logits": recompute,
+    }
+    if not recompute:
+        sizes |= {"logit_softcap": 2.0, "activation": "gelu_pytorch_tanh"}
+        sizes |= {"zero_centered_norm": True, "norms": "both"}
     found = []
     for kernels in ("torch", "liger"):
         model = tiny_model(kernels=kernels, spread=1.0, **sizes)
@@ -276,6 +299,7 @@ def test_rotate_on_a_gpu(gpu: str, heads: tuple[int, int, int], dtype: torch.dty
 @pytest.mark.parametrize(("tokens", "vocab_size"), [(4096, 128_256), (77, 4096), (64, 151_937)])
 def test_label_logps_on_a_gpu(gpu: str, tokens: int, vocab_size: int, dtype: torch.dtype) -> None:
     check_label_logps(tokens, vocab_size, dtype, gpu)
+    check_label_logps(tokens, vocab_size, dtype, gpu, softcap=3.0)
 
 
 @pytest.mark.gpu

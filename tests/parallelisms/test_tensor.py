@@ -1,6 +1,7 @@
 """Tensor parallelism: what travels, the split loss, and lengths that cannot be split."""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -61,13 +62,20 @@ def test_without_sequence_parallelism_each_half_block_reduces_once(ranks: RankPo
 
 
 def split_loss(
-    rank: int, world_size: int, vocab: int, dtype: torch.dtype, keep_split: bool
+    rank: int,
+    world_size: int,
+    vocab: int,
+    softcap: float | None,
+    dtype: torch.dtype,
+    keep_split: bool,
 ) -> tuple[Tensor, Tensor]:
     config = ParallelConfig(tensor_parallel_degree=world_size)
     mesh = ParallelDims.of(config, world_size).build("cpu").mesh("tp")
     logits, labels = loss_inputs(vocab, dtype)
     split = distribute_tensor(logits, mesh, (Shard(1),)).requires_grad_()
-    logps = VocabularyLogps(mesh, whole=label_logps, keep_split=keep_split)(split, labels)
+    whole = partial(label_logps, softcap=softcap)
+    score = VocabularyLogps(mesh, whole=whole, softcap=softcap, keep_split=keep_split)
+    logps = score(split, labels)
     (logps * torch.arange(1.0, 8.0)).sum().backward()
     assert isinstance(split.grad, DTensor)
     return logps.detach(), split.grad.full_tensor()
@@ -84,16 +92,25 @@ def loss_inputs(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("keep_split", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("vocab", "degree"), [(16, 2), (17, 2), (17, 4), (64, 4)])
+@pytest.mark.parametrize(
+    ("vocab", "degree", "softcap"),
+    [(16, 2, None), (17, 2, None), (17, 4, None), (64, 4, None), (17, 2, 20.0)],
+)
 def test_the_split_loss_equals_cross_entropy(
-    ranks: RankPool, vocab: int, degree: int, dtype: torch.dtype, keep_split: bool
+    ranks: RankPool,
+    vocab: int,
+    degree: int,
+    softcap: float | None,
+    dtype: torch.dtype,
+    keep_split: bool,
 ) -> None:
     logits, labels = loss_inputs(vocab, dtype)
     whole = logits.float().requires_grad_()
-    expected = -F.cross_entropy(whole, labels, reduction="none", ignore_index=-100)
+    capped = whole if softcap is None else softcap * torch.tanh(whole / softcap)
+    expected = -F.cross_entropy(capped, labels, reduction="none", ignore_index=-100)
     (expected * torch.arange(1.0, 8.0)).sum().backward()
     assert whole.grad is not None
-    for logps, gradient in ranks(degree, split_loss, vocab, dtype, keep_split):
+    for logps, gradient in ranks(degree, split_loss, vocab, softcap, dtype, keep_split):
         torch.testing.assert_close(logps, expected.detach(), rtol=1e-6, atol=2e-5)
         assert gradient.dtype == dtype
         rounding = 1e-5 if dtype == torch.float32 else 4e-2

@@ -45,6 +45,25 @@ QWEN3 = {**QWEN2, "model_type": "qwen3"}
 NO_PAD = {"pad_token_id": None}  # else transformers gives the padding token no gradient
 PHI3 = {"model_type": "phi3", "rope_theta": 1e4, **NO_PAD}
 MISTRAL = {"model_type": "mistral", "rope_theta": 1e4}
+# Caps so low that every score and logit feels them.
+GEMMA2 = {
+    "model_type": "gemma2",
+    "rope_theta": 1e4,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 7,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 0.7,
+    **NO_PAD,
+}
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    **NO_PAD,
+}
 # The released models differ in these settings; sizes are tiny.
 MODELS: dict[str, dict[str, Any]] = {
     "llama_2": {"num_key_value_heads": 4, "rope_scaling": None, "rms_norm_eps": 1e-6},
@@ -80,6 +99,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "mistral": {**MISTRAL, "sliding_window": None, "head_dim": 16},
     "mistral_window": {**MISTRAL, "sliding_window": 7},
+    "gemma2": GEMMA2,
+    "gemma2_untied_bias": {**GEMMA2, "attention_bias": True, "tie_word_embeddings": False},
+    "gemma3": {**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma3_plain": {**GEMMA3, "num_key_value_heads": 1, "final_logit_softcapping": 0.7},
     "olmo2": {"model_type": "olmo2", "rope_theta": 5e5, **NO_PAD},
     "phi3": {**PHI3, "sliding_window": 9},
     "phi3_longrope": {

@@ -9,6 +9,7 @@ from engine.verify.case import Case
 from engine.verify.parity import Comparison
 from engine.verify.subject import TINY, Subject, find_subject, shrink
 from models.decoder import FULL, SLIDING
+from models.registry import load_family
 from tests.ranks import RankPool
 
 EVERYTHING = replace(
@@ -54,11 +55,44 @@ def test_norms_behind_and_across_heads_in_each_layout(ranks: RankPool, case: Cas
         result.check()
 
 
-@pytest.mark.parametrize("name", ["mistral:7B_v0.1", "qwen2:7B", "qwen3:0.6B", "phi3:medium_4k"])
+# Caps that every score and logit feels.
+CAPPED = replace(
+    load_family("gemma2").flavors["debugmodel"],
+    **{name: getattr(TINY.config, name) for name in ("hidden_size", "num_heads", "head_dim")},
+    intermediate_size=48,
+    num_layers=3,
+    initializer_range=0.2,
+    attention_softcap=0.5,
+    logit_softcap=2.0,
+    sliding_window=4,
+    layer_types=(SLIDING, FULL, SLIDING),
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(shard=2, tp=2, checkpointing="op", chunks=True, tied=True),
+        Case(tp=2, sequence=False, loss_parallel=False, vocab=61),
+        Case(cp=2, context="ring"),
+    ],
+    ids=str,
+)
+def test_soft_caps_and_norms_on_both_sides_in_each_layout(ranks: RankPool, case: Case) -> None:
+    config = replace(CAPPED, layer_types=()) if case.cp > 1 else CAPPED  # no window in a ring
+    subject = replace(TINY, family_name="gemma2", config=config)
+    for result in ranks(case.world_size, run, subject, case):
+        result.check()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mistral:7B_v0.1", "qwen2:7B", "qwen3:0.6B", "phi3:medium_4k", "gemma3:27B"],
+)
 def test_a_released_size_trains_on_shards_and_split_heads(ranks: RankPool, name: str) -> None:
-    case = Case(tp=2) if name.startswith("phi3") else Case(shard=2, tp=2)
+    case = Case(tp=2) if name.startswith(("phi3", "gemma3")) else Case(shard=2, tp=2)
     subject, sentence = find_subject(name, "cpu")
-    assert ("sliding_window" in sentence) == name.startswith(("mistral", "phi3"))
+    assert ("sliding_window" in sentence) == name.startswith(("mistral", "phi3", "gemma3"))
     for result in ranks(case.world_size, run, subject.for_ranks(4), case):
         result.check()
 

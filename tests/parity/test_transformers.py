@@ -48,6 +48,20 @@ def test_logits_and_every_gradient_equal_those_of_transformers(name, tmp_path):
     assert worst_error(gradients(ours), expected_gradients) <= FP32_REORDERED_SUM
 
 
+def test_gemmas_norms_and_embeddings_are_rounded_to_bfloat16_as_transformers_does(tmp_path):
+    theirs = random_model("gemma2", hidden_size=52)  # whose root is not a number of bf16
+    ours = same_in_ours(theirs, tmp_path).bfloat16()
+    theirs = theirs.bfloat16()
+    tokens = random_tokens(ROWS, TOKENS, vocab_size=SHAPE["vocab_size"])
+    seen: list[torch.Tensor] = []
+    ours.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        ours(tokens, positions_BT=torch.arange(TOKENS).expand(ROWS, -1))
+        embedded = theirs.model.embed_tokens(tokens)
+        assert torch.equal(seen[0], embedded)
+        assert torch.equal(ours.model.norm(embedded), theirs.model.norm(embedded))
+
+
 @pytest.mark.parametrize("name", ["llama_3", "llama_3_1", "llama_3_2", "linear_rope"])
 def test_cosines_and_sines_equal_those_of_transformers_below_and_above_the_original_context(name):
     hf_config = llama_config({**SHAPE, **MODELS[name]})

@@ -12,7 +12,10 @@ NEW_TOKENS = 64
 
 @pytest.mark.parametrize(
     "name",
-    ["llama_2", "llama_3_1", "llama_3_2", "attention_bias", "qwen2_window", "mistral_window"],
+    [
+        *("llama_2", "llama_3_1", "llama_3_2", "attention_bias", "qwen2_window", "mistral_window"),
+        *("gemma2", "gemma3"),
+    ],
 )
 def test_sixty_four_greedy_tokens_equal_those_of_transformers(name, tmp_path):
     theirs = random_model(name)

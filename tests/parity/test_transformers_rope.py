@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Phi3Config
+from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
@@ -18,6 +19,7 @@ from models.layers.rope import (
     rotate,
 )
 from models.layers.rope_settings import rope_from_hf, rope_to_hf, ropes_from_hf
+from models.registry import load_family
 from tests.models.tiny import packed
 
 FP32_ROUNDING = 1e-6
@@ -148,6 +150,20 @@ def test_layers_with_their_own_settings_are_read_by_their_type():
         rope_from_hf({**SHAPE, "rope_parameters": by_type})
     alike = dict.fromkeys(by_type, by_type["full_attention"])
     assert rope_from_hf({**SHAPE, "rope_parameters": alike}).theta == 1e6
+
+
+def test_gemma_3_has_the_angles_of_transformers_in_both_types_of_layer():
+    family = load_family("gemma3")
+    written = family.config_to_hf(family.flavor("4B"))
+    theirs = Gemma3TextConfig(**json.loads(json.dumps(written)))
+    config = family.config_from_hf(theirs.to_dict())
+    positions = torch.tensor([[0, 1, 1023, 1024, 131_071]])
+    angles = Gemma3RotaryEmbedding(theirs)
+    ropes = {"full_attention": config.rope, "sliding_attention": config.sliding_rope}
+    for kind, rope in ropes.items():
+        expected = angles(torch.zeros(1), positions, kind)
+        for found, other in zip(RotaryEmbedding(rope, 256)(positions), expected, strict=True):
+            assert torch.equal(found, other[..., :128])
 
 
 @pytest.mark.parametrize(

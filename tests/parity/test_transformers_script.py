@@ -31,13 +31,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
+def save(name: str, path: Path) -> Path:
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(path)
-    random_model("llama_3_1", vocab_size=len(tokenizer)).save_pretrained(path)
+    random_model(name, vocab_size=len(tokenizer)).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save("llama_3_1", tmp_path_factory.mktemp("model"))
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -46,7 +49,9 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, printed.out, printed.err
 
 
-def test_greedy_text_equals_that_of_transformers_on_the_same_folder(folder, capsys):
+@pytest.mark.parametrize("name", ["llama_3_1", "gemma2"])
+def test_greedy_text_equals_that_of_transformers_on_the_same_folder(name, tmp_path, capsys):
+    folder = save(name, tmp_path)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer("def ", return_tensors="pt", return_token_type_ids=False)
