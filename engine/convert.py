@@ -163,7 +163,7 @@ def compare_logits(step: Path, exported: Path, dtype: torch.dtype) -> Difference
             tensor.copy_(tensor.to(dtype))
         ours = model(tokens_BT, positions_BT=positions_BT).float()
     del model, tensors
-    return _difference(ours, _transformers_logits(exported, tokens_BT))
+    return difference_of(ours, _transformers_logits(exported, tokens_BT))
 
 
 def _transformers_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
@@ -174,7 +174,8 @@ def _transformers_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
         return model(tokens_BT).logits.float()
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> Difference:
+def difference_of(ours: Tensor, theirs: Tensor) -> Difference:
+    """Compare the logits (B, T, V) of two models on the same tokens."""
     ours_log, theirs_log = log_softmax(ours, -1), log_softmax(theirs, -1)
     divergence = kl_div(ours_log, theirs_log, log_target=True, reduction="none").sum(-1).mean()
     return Difference(
