@@ -32,12 +32,11 @@ from engine.hf_io import (
     MAX_SHARD_BYTES,
     FolderWriter,
     HfAssets,
-    HfWeights,
     join,
     read_generation_config,
     read_hf_config,
-    refuse_other_weights,
 )
+from engine.hf_weights import HfWeights, refuse_other_weights
 from engine.manifest import Manifest, commit, refuse_small_disk, write_synced
 from engine.provenance import HF_PREFIX, checkpoint_files
 from models.registry import family_for_hf

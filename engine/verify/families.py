@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import hf_io
+from engine import hf_io, hf_weights
 from engine.verify import parity
 from engine.verify.case import Case
 from engine.verify.parity import Comparison
@@ -121,7 +121,7 @@ def check_alone(variant: str, folder: Path, fault: str | None = None) -> dict[st
         case = case_of(folder, Case(), variant)
         key_map = subject.family.key_map(subject.config)
         ours: Any = subject.family.build(subject.config)
-        hf_io.load_into(ours, folder, key_map)
+        hf_weights.load_into(ours, folder, key_map)
         rows = parity.batch(case, subject)
         logits, loss, gradients = _of_transformers(theirs, rows)
         expected = named_as_ours(gradients, ours, theirs.config.model_type)
@@ -176,7 +176,7 @@ def _check_export(
         save_tokenizer=lambda folder: None,
     )
     hf_io.export(ours, target, assets, dtype=torch.float32)
-    before, after = (load_file(side / hf_io.SINGLE_NAME) for side in (folder, target))
+    before, after = (load_file(side / hf_weights.SINGLE_NAME) for side in (folder, target))
     problems = [f"{name} is on one side only" for name in sorted(before.keys() ^ after.keys())]
     errors = [
         (before[name] - after[name]).abs().max().item() for name in before.keys() & after.keys()
@@ -217,7 +217,7 @@ class FamilyJob(Job):
             if self.fault is not None:
                 plan = plan | FAULTS[self.fault].plan
             model, dims = parity.build_case(case, subject=subject, dims=dims, plan=plan)
-            hf_io.load_into(model, folder, subject.family.key_map(subject.config))
+            hf_weights.load_into(model, folder, subject.family.key_map(subject.config))
             loss, expected = torch.load(folder / _EXPECTED)
             mine = parity.train(model, dims, case, subject)
             return parity.compare_with(model, mine, loss, expected)

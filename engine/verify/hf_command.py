@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from engine.cli import USER_MISTAKE_EXIT_CODE
 from engine.convert import DTYPES, Difference, difference_of
 from engine.data.tokenizer import has_tokenizer, load_tokenizer
-from engine.hf_io import load_into, read_hf_config
+from engine.hf_io import read_hf_config
+from engine.hf_weights import load_into
 from engine.verify.hidden_states import StateErrors, States, explain
 from engine.verify.report import EXIT_DIFFERENT, EXIT_EQUAL
 from models.decoder import DecoderConfig

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from engine import hf_io
+from engine import hf_io, hf_weights
 from engine.verify.case import Case
 from engine.verify.parity import build_case
 from engine.verify.subject import TINY
@@ -37,7 +37,7 @@ def _through(rank: int, world_size: int, source: Path, target: Path) -> dict[str
     """Import, export, and return the whole parameters that the model held in between."""
     model, _ = build_case(TP2, subject=JOINED)
     assets = _assets("phi3", JOINED.sizes(TP2))
-    hf_io.load_into(model, source, assets.key_map)
+    hf_weights.load_into(model, source, assets.key_map)
     hf_io.export(model, target, assets, dtype=torch.float32)
     parameters = dict(model.named_parameters()).items()
     return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in parameters}
@@ -69,4 +69,4 @@ def test_a_joined_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     model = load_family("phi3").build(sizes)
     shapes = r"layers\.0\.self_attn\.qkv_proj.* has shape \(96, 32\), the model has \(128, 32\)"
     with pytest.raises(ValueError, match=shapes):
-        hf_io.load_into(model, tmp_path, _assets("phi3", sizes).key_map)
+        hf_weights.load_into(model, tmp_path, _assets("phi3", sizes).key_map)

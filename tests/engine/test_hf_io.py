@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from engine import hf_io
+from engine import hf_io, hf_weights
 from engine.checkpoint import Checkpointer
 from models.registry import load_family
 from parallelisms.materialise import materialise
@@ -42,7 +42,7 @@ def _through(
 ) -> dict[str, Tensor]:
     """Import, export, and return what the model held in between."""
     state, _ = start(case)
-    hf_io.load_into(state.model, source, assets(case).key_map)
+    hf_weights.load_into(state.model, source, assets(case).key_map)
     dtype = values.pop("dtype", torch.float32)
     hf_io.export(state.model, target, assets(case), dtype=dtype, **values)
     return gathered(state)
@@ -113,7 +113,7 @@ def test_sixteen_bit_files_fill_fp32_parameters_exactly(tmp_path: Path) -> None:
     rounded = {name: tensor.bfloat16() for name, tensor in stored(tmp_path).items()}
     save_file(rounded, tmp_path / "model.safetensors")
     model, tensors = build_alone(ONE)
-    hf_io.load_into(model, tmp_path, assets(ONE).key_map)
+    hf_weights.load_into(model, tmp_path, assets(ONE).key_map)
     for name, tensor in rounded.items():
         assert tensors[name].dtype == torch.float32 and torch.equal(tensors[name], tensor.float())
 
@@ -129,21 +129,21 @@ def test_a_rank_reads_only_its_own_slices(ranks, tmp_path: Path) -> None:
 def _count_read(rank: int, world_size: int, folder: Path) -> int:
     model, _ = build_case(TP2)
     read = 0
-    original = hf_io.HfWeights.read
+    original = hf_weights.HfWeights.read
 
     def counting(
-        self: hf_io.HfWeights, name: str, slices: tuple[slice, ...] | None = None
+        self: hf_weights.HfWeights, name: str, slices: tuple[slice, ...] | None = None
     ) -> Tensor:
         nonlocal read
         part = original(self, name, slices)
         read += part.numel()
         return part
 
-    hf_io.HfWeights.read = counting
+    hf_weights.HfWeights.read = counting
     try:
-        hf_io.load_into(model, folder, assets(TP2).key_map)
+        hf_weights.load_into(model, folder, assets(TP2).key_map)
     finally:
-        hf_io.HfWeights.read = original
+        hf_weights.HfWeights.read = original
     return read
 
 
@@ -151,7 +151,7 @@ def load(folder: Path, case: Case = ONE) -> None:
     with torch.device("meta"):
         model = load_family("llama3").build(model_config(case))
     materialise(model, "cpu")
-    hf_io.load_into(model, folder, assets(case).key_map)
+    hf_weights.load_into(model, folder, assets(case).key_map)
 
 
 def test_missing_and_unexpected_tensors_are_fatal_and_listed(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def _load_allowed(rank: int, world_size: int, folder: Path) -> tuple[bool, bool]
     state, _ = start(TP2)
     before = gathered(state)
     allowed = ("extra.*", "model.layers.*.mlp.up_proj.weight")
-    hf_io.load_into(state.model, folder, assets(TP2).key_map, allowed=allowed)
+    hf_weights.load_into(state.model, folder, assets(TP2).key_map, allowed=allowed)
     after = gathered(state)
     missing, present = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
     return torch.equal(before[missing], after[missing]), not torch.equal(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.hf_io import HfWeights
+from engine.hf_weights import HfWeights
 from engine.verify import hf_command
 from engine.verify.__main__ import main
 from engine.verify.variants import random_model
