@@ -1,15 +1,18 @@
 """Weights of Hugging Face folders: safetensors files are opened, judged and read slice by slice.
 
-Each rank reads rows of its own, and no stored byte is read by two ranks of a job, but for vectors.
+Each rank reads whole rows of its own, so that a node reads each file once, and replicas on several
+nodes read it once together.
 """
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint_state import list_names, model_tensors
 from engine.checkpoint_storage import RankGroup
+from engine.distributed import launched_world_size
 from models.weights import KeyMap
 from parallelisms.shared_fill import fill_shared
 
@@ -130,33 +134,55 @@ class Imported:
 
 
 def load_into(
-    model: nn.Module, folder: Path, key_map: KeyMap, *, allowed: Sequence[str] = ()
+    model: nn.Module,
+    folder: Path,
+    key_map: KeyMap,
+    *,
+    allowed: Sequence[str] = (),
+    ranks: RankGroup | None = None,
 ) -> Imported:
     """Fill a model from a folder's safetensors files, each rank reading rows of its own.
 
     Anything missing, unexpected or of another shape is a ValueError that lists the names, raised
     before anything is read; values are converted to the parameters' dtype. Stored names that
     match a pattern of `allowed` may be missing, and then keep their value, or be left over. Every
-    rank must call this.
+    rank must call this; with `ranks`, an error of one is raised on all.
     """
     started = time.perf_counter()
-    weights = HfWeights(folder)
+    group = ranks or RankGroup()
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
-    stored = key_map.shapes(shapes)
-    refuse_other_weights(weights, stored, key_map, allowed=allowed)
-    places = key_map.places(shapes)
+    stored, places = key_map.shapes(shapes), key_map.places(shapes)
 
-    def draw(name: str, slices: tuple[slice, ...]) -> Tensor:
-        return weights.read(places[name].stored, places[name].slices(slices))
+    def open_checked() -> HfWeights:
+        weights = HfWeights(folder)
+        refuse_other_weights(weights, stored, key_map, allowed=allowed)
+        return weights
 
-    kept = {name for name, place in places.items() if place.stored not in weights.names}
-    fill_shared(model, draw, skip=kept)
+    try:
+        # Before any rank waits for another's rows: a node may lack the files.
+        weights = group.together(open_checked)
+
+        def draw(name: str, slices: tuple[slice, ...]) -> Tensor:
+            return weights.read(places[name].stored, places[name].slices(slices))
+
+        kept = {name for name, place in places.items() if place.stored not in weights.names}
+        fill = partial(fill_shared, skip=kept, share_replicas=_on_several_nodes())
+        group.together(lambda: fill(model, draw))
+    finally:
+        if ranks is None:
+            group.close()
     return Imported(
         bytes_read=weights.bytes_read,
         seconds=time.perf_counter() - started,
         missing=tuple(sorted(stored.keys() - weights.names)),
         unexpected=tuple(sorted(_with_a_meaning(weights, key_map) - stored.keys())),
     )
+
+
+def _on_several_nodes() -> bool:
+    """Say whether replicas may lie on nodes that do not share a page cache."""
+    world_size = launched_world_size()
+    return world_size > int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
 
 
 def load_together(
@@ -167,19 +193,16 @@ def load_together(
     *,
     allowed: Sequence[str] = (),
 ) -> None:
-    """Call `load_into` on every rank; where one fails, all raise. Rank 0 logs what was read."""
-    done = ranks.together(lambda: load_into(model, folder, key_map, allowed=allowed))
+    """Call `load_into` on every rank, and log on rank 0 what was read and what was let pass."""
+    done = load_into(model, folder, key_map, allowed=allowed, ranks=ranks)
     everyone = ranks.gather(done)
-    if ranks.rank == 0:
-        log.info("%s", describe([one.bytes_read for one in everyone], done.seconds))
-        if done.missing:
-            log.warning(
-                "not in %s, as allowed, so it keeps its initial value: %s",
-                folder,
-                list_groups(done.missing),
-            )
-        if done.unexpected:
-            log.warning("no place in the model, as allowed, for: %s", list_groups(done.unexpected))
+    if ranks.rank != 0:
+        return
+    log.info("%s", describe([one.bytes_read for one in everyone], done.seconds))
+    if names := list_groups(done.missing):
+        log.warning("not in %s, as allowed, and left at its initial value: %s", folder, names)
+    if names := list_groups(done.unexpected):
+        log.warning("in %s without a place in the model, as allowed: %s", folder, names)
 
 
 def describe(bytes_read: Sequence[int], seconds: float) -> str:

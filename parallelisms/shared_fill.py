@@ -1,11 +1,12 @@
-"""Fills a sharded model from storage so that each stored byte is read by one rank of the whole job.
+"""Fills a sharded model from storage: ranks read whole rows, and hand each other what they need.
 
-A rank reads whole rows, which lie together in a file. What several ranks need of them, as replicas
-or as columns of the same rows, they hand to each other.
+Rows lie together in a file, columns do not: ranks that hold columns of the same rows read disjoint
+rows and swap. Replicas need the same bytes. On one node the second reader finds them in the page
+cache, which is faster than a collective; those of several nodes can read disjoint rows too.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from torch.distributed.tensor import DTensor
 from parallelisms.collectives import shard_range
 from parallelisms.materialise import Draw, local_slices
 
+BYTES_AT_ONCE = 1 << 26
+"""Largest block of rows that is exchanged at once: what a rank needs of memory beside the model."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sharers:
@@ -24,13 +28,13 @@ class _Sharers:
 
     mesh: DeviceMesh
     replicas: Sequence[int]
-    """Axes over which the parameter is replicated."""
+    """Axes over which the parameter is replicated, where replicas share."""
 
     columns: int | None
     """Axis over which its second dim is split."""
 
     @classmethod
-    def of(cls, parameter: Tensor) -> "_Sharers | None":
+    def of(cls, parameter: Tensor, *, share_replicas: bool) -> "_Sharers | None":
         """Return who shares the rows of a parameter; None where each rank has rows of its own.
 
         Vectors are too small to be worth a collective, so each rank reads its own part.
@@ -44,7 +48,7 @@ class _Sharers:
             if mesh.size(axis) == 1:
                 continue
             if placement.is_replicate():
-                replicas.append(axis)
+                replicas += [axis] if share_replicas else []
             elif placement.is_shard(1):
                 columns.append(axis)
             elif getattr(placement, "dim", 0) != 0:
@@ -102,12 +106,15 @@ def _swap_columns(whole_RC: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 @torch.no_grad()
-def fill_shared(model: nn.Module, draw: Draw, *, skip: Collection[str] = ()) -> None:
+def fill_shared(
+    model: nn.Module, draw: Draw, *, skip: Collection[str] = (), share_replicas: bool = False
+) -> None:
     """Set every parameter but those of `skip` from `draw(name, slices)`, called for whole rows.
 
-    The ranks together draw each element of a matrix once, and then exchange what they need. Every
-    rank must call this; an error of `draw` is raised at the end, when no rank waits for another,
-    and then the values are not to be used.
+    The ranks together draw each element of a matrix once, or once for each replica of it where
+    these do not share, and then exchange what they need. Every rank must call this; an error of
+    `draw` is raised at the end, when no rank waits for another, and then the values are not to be
+    used.
     """
     failures: list[Exception] = []
 
@@ -125,24 +132,34 @@ def fill_shared(model: nn.Module, draw: Draw, *, skip: Collection[str] = ()) -> 
             continue
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         slices = local_slices(parameter)
-        sharers = _Sharers.of(parameter)
+        sharers = _Sharers.of(parameter, share_replicas=share_replicas)
         if sharers is None:
             values = drawn(name, slices)
             if values is not None:
                 assert values.shape == local.shape, f"{name}: {values.shape} for {local.shape}"
                 local.copy_(values)
             continue
-        rows = slices[0]
-        mine = sharers.rows_to_read(rows)
         others = [slice(0, size) for size in parameter.shape[1:]]
-        shape = (sharers.rows_each(rows), *parameter.shape[1:])
-        if shape[0] == 0:
-            continue
-        read = torch.zeros(shape, dtype=local.dtype, device=sharers.mesh.device_type)
-        values = drawn(name, [mine, *others])
-        if values is not None:
-            read[: len(values)] = values
-        held = sharers.exchange(read)[tuple(slice(0, size) for size in local.shape)]
-        local.copy_(held)
+        for rows in _blocks(
+            slices[0], bytes_of_row=math.prod(parameter.shape[1:]) * local.itemsize
+        ):
+            read = torch.zeros(
+                (sharers.rows_each(rows), *parameter.shape[1:]),
+                dtype=local.dtype,
+                device=sharers.mesh.device_type,
+            )
+            values = drawn(name, [sharers.rows_to_read(rows), *others])
+            if values is not None:
+                read[: len(values)] = values
+            held = sharers.exchange(read)[: rows.stop - rows.start, : local.shape[1]]
+            first = rows.start - slices[0].start
+            local[first : first + len(held)] = held
     if failures:
         raise failures[0]
+
+
+def _blocks(rows: slice, bytes_of_row: int) -> Iterator[slice]:
+    """Cut rows into blocks that are exchanged at once."""
+    size = max(1, BYTES_AT_ONCE // bytes_of_row)
+    for start in range(rows.start, rows.stop, size):
+        yield slice(start, min(start + size, rows.stop))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def share_and_gather(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
         drawn[name][slices] += 1.0
         return counted(shapes[name])[slices]
 
-    fill_shared(model, draw, skip={"model.norm.weight"})
+    with patch("parallelisms.shared_fill.BYTES_AT_ONCE", 1100):  # 8 rows of 32 and a rest
+        fill_shared(model, draw, skip={"model.norm.weight"}, share_replicas=True)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         expected = counted(shapes[name]) * (name != "model.norm.weight")
@@ -144,7 +146,7 @@ def fill_with_a_bad_disk(rank: int, world_size: int) -> str:
         return torch.zeros([part.stop - part.start for part in slices])
 
     try:
-        fill_shared(model, draw)
+        fill_shared(model, draw, share_replicas=True)
     except OSError as error:
         return str(error)
     return ""
