@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import struct
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,9 +106,8 @@ class HfWeights:
         try:
             self._open[file] = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is corrupt or cut short ({error}); download it again"
-            ) from error
+            what = _first_cut_off(path) or f"is corrupt or cut short ({error})"
+            raise ValueError(f"{path} {what}; download it again") from error
         return self._open[file]
 
     def _check_index(self) -> None:
@@ -116,6 +116,28 @@ class HfWeights:
                 raise ValueError(
                     f"{self._folder / file} lacks {name}, which {INDEX_NAME} puts there"
                 )
+
+
+def _first_cut_off(path: Path) -> str:
+    """Say which tensor of a safetensors file is the first that is not whole; empty if none is.
+
+    Source of the layout: https://github.com/huggingface/safetensors#format.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, size)))
+        ends = {n: 8 + length + e["data_offsets"][1] for n, e in header.items() if n[:2] != "__"}
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+        return ""  # the header itself is damaged
+    cut = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > size]
+    if not cut:
+        return ""
+    return (
+        f"is cut short: {cut[0]} ends at byte {ends[cut[0]]:,}, the file at {size:,} "
+        f"({len(cut)} of {len(ends)} tensors are not whole)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
