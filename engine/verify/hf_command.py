@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.cli import USER_MISTAKE_EXIT_CODE
 from engine.convert import DTYPES, Difference, difference_of
@@ -135,7 +135,7 @@ def _run_theirs(
     logging.disable_progress_bar()
     gc.collect()  # our model, before theirs comes
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             options.model, dtype=DTYPES[options.dtype], attn_implementation="eager"
         )
     except (OSError, ValueError, RuntimeError) as error:

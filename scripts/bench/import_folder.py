@@ -40,10 +40,10 @@ from parallelisms.materialise import fill, local_slices, materialise
 from scripts.bench.__main__ import ROOT
 
 LAYOUTS = {
-    "FSDP4": {"data_parallel_shard_degree": 4},
-    "FSDP2 x TP2": {"data_parallel_shard_degree": 2, "tensor_parallel_degree": 2},
-    "TP4": {"data_parallel_shard_degree": 1, "tensor_parallel_degree": 4},
-    "HSDP 2 x 2": {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2},
+    "FSDP4": ParallelConfig(data_parallel_shard_degree=4),
+    "FSDP2 x TP2": ParallelConfig(data_parallel_shard_degree=2, tensor_parallel_degree=2),
+    "TP4": ParallelConfig(data_parallel_shard_degree=1, tensor_parallel_degree=4),
+    "HSDP 2 x 2": ParallelConfig(data_parallel_replicate_degree=2, data_parallel_shard_degree=2),
 }
 WAYS = ("engine", "own slices")
 AS_ON_TWO_NODES = "as on 2 nodes"
@@ -116,7 +116,7 @@ def empty_model(folder: Path, layout: str, device: torch.device) -> tuple[Any, A
     hf_config = read_hf_config(folder)
     family = family_for_hf(hf_config)
     sizes = family.config_from_hf(hf_config)
-    parallel = ParallelConfig(**LAYOUTS[layout])
+    parallel = LAYOUTS[layout]
     with torch.device("meta"):
         model = family.build(sizes)
     parallelize(
