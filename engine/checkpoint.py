@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +29,7 @@ from engine.checkpoint_state import (
     restore,
 )
 from engine.checkpoint_storage import HostCopies, RankGroup, write_tensors
+from engine.hf_weights import load_together
 from engine.manifest import (
     CheckpointError,
     Contents,
@@ -384,9 +384,8 @@ class Checkpointer:
             log.info("loading %s (%s)", source.path, source.kind)
         if source.kind == "hf":
             assert self._hf is not None, "loading from Hugging Face comes with its key map"
-            key_map = self._hf.key_map
-            load = partial(hf_io.load_into, allowed=self._config.initial_load_allow)
-            self._ranks.together(lambda: load(state.model, source.path, key_map))
+            key_map, allowed = self._hf.key_map, self._config.initial_load_allow
+            load_together(state.model, source.path, key_map, self._ranks, allowed=allowed)
             return 0
         excluded = set(self._config.exclude_from_loading)
         parts = _MODEL_PARTS if source.only_model else frozenset(PARTS) - excluded

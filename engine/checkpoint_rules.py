@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.hf_io import has_weights
+from engine.hf_weights import has_weights
 from engine.rules import Rule
 
 CHECKPOINT_RULES = (

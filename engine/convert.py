@@ -32,12 +32,11 @@ from engine.hf_io import (
     MAX_SHARD_BYTES,
     FolderWriter,
     HfAssets,
-    HfWeights,
     join,
     read_generation_config,
     read_hf_config,
-    refuse_other_weights,
 )
+from engine.hf_weights import HfWeights, refuse_other_weights
 from engine.manifest import Manifest, commit, refuse_small_disk, write_synced
 from engine.provenance import HF_PREFIX, checkpoint_files
 from models.registry import family_for_hf
@@ -163,7 +162,7 @@ def compare_logits(step: Path, exported: Path, dtype: torch.dtype) -> Difference
             tensor.copy_(tensor.to(dtype))
         ours = model(tokens_BT, positions_BT=positions_BT).float()
     del model, tensors
-    return _difference(ours, _transformers_logits(exported, tokens_BT))
+    return difference_of(ours, _transformers_logits(exported, tokens_BT))
 
 
 def _transformers_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
@@ -174,7 +173,8 @@ def _transformers_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
         return model(tokens_BT).logits.float()
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> Difference:
+def difference_of(ours: Tensor, theirs: Tensor) -> Difference:
+    """Compare the logits (B, T, V) of two models on the same tokens."""
     ours_log, theirs_log = log_softmax(ours, -1), log_softmax(theirs, -1)
     divergence = kl_div(ours_log, theirs_log, log_target=True, reduction="none").sum(-1).mean()
     return Difference(

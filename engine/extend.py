@@ -20,7 +20,8 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from engine.data.added_tokens import NewTokens, extended_files, new_tokens
-from engine.hf_io import CONFIG_NAME, INDEX_NAME, HfWeights, has_weights, read_hf_config
+from engine.hf_io import CONFIG_NAME, read_hf_config
+from engine.hf_weights import INDEX_NAME, HfWeights, has_weights
 from engine.manifest import refuse_small_disk, sync_folder, write_synced
 from models.registry import family_for_hf
 

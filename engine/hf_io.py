@@ -1,6 +1,7 @@
-"""Hugging Face folders in and out: safetensors shards, config.json, tokenizer, streamed per tensor.
+"""Hugging Face folders: their configuration is read, and whole ones are written tensor by tensor.
 
-How tensor names differ between here and there is the family's key map (`models/weights.py`).
+How tensor names differ between here and there is the family's key map (`models/weights.py`);
+`hf_weights.py` reads the weights.
 """
 
 import json
@@ -8,29 +9,25 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import Buffer
 
-from engine.checkpoint_state import list_names, model_tensors
+from engine.checkpoint_state import model_tensors
 from engine.checkpoint_storage import RankGroup
+from engine.hf_weights import INDEX_NAME, SINGLE_NAME
 from engine.manifest import refuse_small_disk, set_aside, sync_folder, write_synced
 from models.weights import KeyMap
-from parallelisms.materialise import fill
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 
 _FORMAT_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -71,140 +68,6 @@ def read_generation_config(folder: Path | str) -> dict[str, object]:
     """Return the content of a folder's generation_config.json, empty where there is none."""
     path = Path(folder) / GENERATION_CONFIG_NAME
     return json.loads(path.read_text()) if folder and path.is_file() else {}
-
-
-def has_weights(folder: Path | str) -> bool:
-    """Say whether a folder holds safetensors weights, in one file or several."""
-    return any((Path(folder) / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
-
-
-class HfWeights:
-    """The tensors of a Hugging Face folder, one file or sharded, read slice by slice."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = Path(folder)
-        self._open: dict[str, Any] = {}
-        self._files = self._locate()
-        for file in sorted(set(self._files.values()) - self._open.keys()):
-            self._open_shard(file)
-        self._check_index()
-
-    @property
-    def folder(self) -> Path:
-        """Where the files lie."""
-        return self._folder
-
-    @property
-    def names(self) -> Collection[str]:
-        """Names of all stored tensors."""
-        return self._files.keys()
-
-    def file_of(self, name: str) -> Path:
-        """Return the file that holds a tensor."""
-        return self._folder / self._files[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the whole tensor's shape without reading it."""
-        return tuple(self._open[self._files[name]].get_slice(name).get_shape())
-
-    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        """Read a part of a tensor (all of it without `slices`) in its stored dtype."""
-        try:
-            part = self._open[self._files[name]].get_slice(name)
-            return part[slices] if slices else part[...]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.file_of(name)}: cannot read {name}: {error}") from error
-
-    def _locate(self) -> dict[str, str]:
-        """Return the file of each tensor."""
-        index = self._folder / INDEX_NAME
-        if index.is_file():
-            try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{index} cannot be read: {error}") from error
-        single = self._folder / SINGLE_NAME
-        if not single.is_file():
-            raise ValueError(
-                f"{self._folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; give a folder with "
-                f"safetensors weights"
-            )
-        self._open_shard(SINGLE_NAME)
-        return dict.fromkeys(self._open[SINGLE_NAME].keys(), SINGLE_NAME)
-
-    def _open_shard(self, file: str) -> Any:
-        path = self._folder / file
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, {INDEX_NAME} names it")
-        try:
-            self._open[file] = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is corrupt or cut short ({error}); download it again"
-            ) from error
-        return self._open[file]
-
-    def _check_index(self) -> None:
-        for name, file in self._files.items():
-            if name not in self._open[file].keys():  # noqa: SIM118 -- not a mapping
-                raise ValueError(
-                    f"{self._folder / file} lacks {name}, which {INDEX_NAME} puts there"
-                )
-
-
-def load_into(
-    model: nn.Module, folder: Path, key_map: KeyMap, *, allowed: Sequence[str] = ()
-) -> None:
-    """Fill a model from a folder's safetensors files, each rank reading only its own slices.
-
-    Anything missing, unexpected or of another shape is a ValueError that lists the names, raised
-    before anything is read; values are converted to the parameters' dtype. Stored names that
-    match a pattern of `allowed` may be missing, and then keep their value, or be left over. Every
-    rank must call this.
-    """
-    weights = HfWeights(folder)
-    tensors = model_tensors(model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    refuse_other_weights(weights, key_map.shapes(shapes), key_map, allowed=allowed)
-    places = key_map.places(shapes)
-
-    def draw(name: str, slices: tuple[slice, ...]) -> Tensor:
-        if places[name].stored in weights.names:
-            return weights.read(places[name].stored, places[name].slices(slices))
-        kept = tensors[name].detach()
-        return kept.to_local() if isinstance(kept, DTensor) else kept
-
-    fill(model, draw)
-
-
-def refuse_other_weights(
-    weights: HfWeights,
-    shapes: Mapping[str, tuple[int, ...]],
-    key_map: KeyMap,
-    *,
-    allowed: Sequence[str] = (),
-) -> None:
-    """Raise a ValueError listing every disagreement between a model's shapes and the files."""
-
-    def matter(names: Iterable[str]) -> set[str]:
-        return {name for name in names if not any(fnmatchcase(name, p) for p in allowed)}
-
-    complaints: list[str] = []
-    if missing := matter(shapes.keys() - weights.names):
-        complaints.append(f"the files lack {list_names(missing)}")
-    needed = {name for name in weights.names if key_map.from_hf(name) is not None}
-    if unexpected := matter(needed - shapes.keys()):
-        complaints.append(f"the model has no place for {list_names(unexpected)}")
-    for name in sorted(shapes.keys() & set(weights.names)):
-        if (stored := weights.shape(name)) != shapes[name]:
-            complaints.append(
-                f"{name} in {weights.file_of(name).name} has shape {stored}, the model has "
-                f"{shapes[name]}"
-            )
-    if complaints:
-        raise ValueError(
-            f"the weights in {weights.folder} are not this model's: {list_names(complaints, '; ')}"
-        )
 
 
 def export(

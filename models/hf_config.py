@@ -173,5 +173,8 @@ def decoder_key_map(config: DecoderConfig) -> KeyMap:
     """Return the identity; a tied head is not stored."""
     return KeyMap(
         not_stored=frozenset({"lm_head.weight"} if config.tie_word_embeddings else ()),
-        ignorable=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+        # Tables that transformers stored until 4.31, of each layer or of the model.
+        ignorable=(
+            r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)",
+        ),
     )

@@ -17,7 +17,8 @@ import torch
 
 from engine.cli import run_command
 from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.hf_io import load_into, read_generation_config, read_hf_config
+from engine.hf_io import read_generation_config, read_hf_config
+from engine.hf_weights import load_into
 from models.decoder import DecoderLM
 from models.generate import check_sampling, generate
 from models.registry import family_for_hf

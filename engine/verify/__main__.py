@@ -3,9 +3,14 @@
 import sys
 
 from engine.cli import USER_MISTAKE_EXIT_CODE
-from engine.verify import command, elastic_command
+from engine.verify import command, elastic_command, families_command, hf_command
 
-COMMANDS = {"parity": command.main, "data-elastic": elastic_command.main}
+COMMANDS = {
+    "parity": command.main,
+    "families": families_command.main,
+    "hf": hf_command.main,
+    "data-elastic": elastic_command.main,
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -14,7 +14,7 @@ from engine.rules import usable_gpus
 from engine.verify.case import Case, parse
 from engine.verify.faults import FAULTS
 from engine.verify.plans import PlanList, list_plans
-from engine.verify.ranks import Job, check_plans, joined, run_here
+from engine.verify.ranks import Job, PlanJob, check_plans, joined, run_here
 from engine.verify.refusals import Rules
 from engine.verify.report import EXIT_DIFFERENT, Report
 from engine.verify.subject import Subject, find_subject
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
         fault=request.fault,
         is_silent=not is_first_rank(),
     )
-    job = Job(
+    job = PlanJob(
         cases=tuple(request.plans.cases),
         subject=request.subject,
         device_type=request.device_type,

@@ -4,7 +4,7 @@ The tests and `python -m engine.verify parity` compare through this file. `case.
 plan is, `subject.py` which model is compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -260,7 +260,19 @@ def compare(
     device_type: str = "cpu",
 ) -> Comparison:
     """Compare the loss and every gradient with the reference's; every rank must call this."""
-    reference_loss, expected = reference(reference_case(case), subject, device_type)
+    expected = reference(reference_case(case), subject, device_type)
+    return compare_with(model, loss, *expected, device_type=device_type)
+
+
+def compare_with(
+    model: nn.Module,
+    loss: float,
+    reference_loss: float,
+    expected: Mapping[str, Tensor],
+    *,
+    device_type: str = "cpu",
+) -> Comparison:
+    """Compare the loss and every gradient with `expected` ones; every rank must call this."""
     names = {name for name, _ in model.named_parameters()}
     problems = [f"{name} is on one side only" for name in sorted(names ^ set(expected))]
     worst_error, worst_name = 0.0, ""

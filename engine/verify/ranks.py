@@ -43,14 +43,36 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every rank does."""
+    """What every rank does; a subclass says with what each plan is compared."""
 
     cases: tuple[Case, ...]
-    subject: Subject
     device_type: str
-    fault: str | None = None
     timeout_seconds: float = 300.0
     """Longest that one plan may take, compilation included."""
+
+    def compare(self, case: Case, dims: ParallelDims) -> Comparison:
+        """Run one plan and compare it; every rank calls this."""
+        raise AssertionError("a subclass compares")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanJob(Job):
+    """Compares the plans of one model of random weights with one process."""
+
+    subject: Subject
+    fault: str | None = None
+
+    def compare(self, case: Case, dims: ParallelDims) -> Comparison:
+        """Run one plan, with the fault where there is one, and compare it with one process."""
+        parity.reference(parity.reference_case(case), self.subject, self.device_type)
+        plan = self.subject.family.plan(self.subject.sizes(case))
+        with contextlib.ExitStack() as stack:
+            if self.fault is not None:
+                plan = plan | FAULTS[self.fault].plan
+                stack.enter_context(FAULTS[self.fault].planted())
+            return parity.run_case(
+                case, device_type=self.device_type, subject=self.subject, dims=dims, plan=plan
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +97,7 @@ def check_plans(job: Job, host_group: dist.ProcessGroup) -> Iterator[Row]:
         degrees = replace(dims, balanced=False)
         if degrees not in built:
             built[degrees] = degrees.build(job.device_type)
-        mine = _compare(case, job, replace(built[degrees], balanced=dims.balanced))
+        mine = job.compare(case, replace(built[degrees], balanced=dims.balanced))
         everyone: list[Comparison] = [mine] * dist.get_world_size()
         dist.all_gather_object(everyone, mine, group=host_group)
         if case.backend:
@@ -83,18 +105,6 @@ def check_plans(job: Job, host_group: dist.ProcessGroup) -> Iterator[Row]:
         gc.collect()
         seconds = round(time.perf_counter() - started, 2)
         yield Row(case=case, seconds=seconds, comparison=parity.worst(everyone))
-
-
-def _compare(case: Case, job: Job, dims: ParallelDims) -> Comparison:
-    parity.reference(parity.reference_case(case), job.subject, job.device_type)
-    plan = job.subject.family.plan(job.subject.sizes(case))
-    with contextlib.ExitStack() as stack:
-        if job.fault is not None:
-            plan = plan | FAULTS[job.fault].plan
-            stack.enter_context(FAULTS[job.fault].planted())
-        return parity.run_case(
-            case, device_type=job.device_type, subject=job.subject, dims=dims, plan=plan
-        )
 
 
 @contextlib.contextmanager

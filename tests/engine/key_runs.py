@@ -43,7 +43,7 @@ RECORDED = (
     "engine.batches.mix",
     "engine.checkpoint.restore",
     "engine.checkpoint.write_tensors",
-    "engine.hf_io.load_into",
+    "engine.hf_weights.load_into",
     "engine.build.load_tokenizer",
     "engine.data.loader.StatefulDataLoader",
     "engine.data.sources.ConcatPacking",

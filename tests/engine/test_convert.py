@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import convert, hf_io
+from engine import convert, hf_io, hf_weights
 from engine.checkpoint import Checkpointer
 from engine.cli import run_command
 from engine.convert import DTYPES
@@ -158,7 +158,7 @@ def test_a_conversion_holds_one_tensor_at_a_time(
         return read
 
     monkeypatch.setattr(convert, "_read", counting(convert._read))
-    monkeypatch.setattr(hf_io.HfWeights, "read", counting(hf_io.HfWeights.read))
+    monkeypatch.setattr(hf_weights.HfWeights, "read", counting(hf_weights.HfWeights.read))
     for dtype in DTYPES.values():
         folder = tmp_path / str(dtype)
         convert.checkpoint_to_hf(step[0], folder / "hf", dtype)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from engine.cli import run_command
 from engine.data.tokenizer import load_tokenizer
-from engine.hf_io import HfWeights
+from engine.hf_weights import HfWeights
 from engine.loop import fit
 from models.registry import load_family
 from scripts.extend_tokenizer import main

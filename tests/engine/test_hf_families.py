@@ -1,4 +1,4 @@
-"""A model of each family goes through our import and export; transformers finds it unchanged."""
+"""Joined tensors go through import and export on several ranks; test_families.py has the rest."""
 
 import ast
 import textwrap
@@ -10,39 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Phi3Config,
-    Phi3ForCausalLM,
-)
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Phi3Config, Phi3ForCausalLM
 
-from engine import hf_io
+from engine import hf_io, hf_weights
 from engine.model import ModelConfig, find_architecture
 from engine.verify.case import Case
 from engine.verify.parity import build_case
 from engine.verify.subject import TINY
+from engine.verify.variants import MODELS, SHAPE
 from models.decoder_config import DecoderConfig
 from models.families import gemma3
-from models.registry import family_for_hf, load_family
+from models.registry import load_family
 from tests.engine.test_hf_io import stored
 from tests.models.tiny import random_tokens
-from tests.parity.hf_cases import MODELS, SHAPE, random_model
 from tests.ranks import RankPool
-
-FAMILIES = [name for name in MODELS if "model_type" in MODELS[name]]
-RESOLVED = {
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-    "original_max_position_embeddings",
-}
-"""Written with every default filled in; tests/parity/test_transformers_rope.py compares them."""
-
-WITHOUT_EFFECT = {"_name_or_path", "dtype", "max_window_layers", "_sliding_window_pattern"}
-"""The last two beside layer_types."""
 
 
 def _assets(family_name: str, sizes: DecoderConfig) -> hf_io.HfAssets:
@@ -52,30 +33,6 @@ def _assets(family_name: str, sizes: DecoderConfig) -> hf_io.HfAssets:
         config=family.config_to_hf(sizes),
         save_tokenizer=lambda folder: None,
     )
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_import_then_export_is_bit_equal_and_complete(name: str, tmp_path: Path) -> None:
-    theirs = random_model(name)
-    theirs.save_pretrained(tmp_path / "in")
-    hf_config = hf_io.read_hf_config(tmp_path / "in")
-    family = family_for_hf(hf_config)
-    sizes = family.config_from_hf(hf_config)
-    ours = family.build(sizes)
-    hf_io.load_into(ours, tmp_path / "in", family.key_map(sizes))
-    hf_io.export(ours, tmp_path / "out", _assets(family.name, sizes), dtype=torch.float32)
-
-    before, after = stored(tmp_path / "in"), stored(tmp_path / "out")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert family.config_from_hf(hf_io.read_hf_config(tmp_path / "out")) == sizes
-    configs = [AutoConfig.from_pretrained(tmp_path / side).to_dict() for side in ("in", "out")]
-    for key in configs[0].keys() - RESOLVED - WITHOUT_EFFECT:
-        assert configs[1].get(key) == configs[0][key], key
-    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
-    tokens = random_tokens(1, 96, vocab_size=SHAPE["vocab_size"])
-    with torch.no_grad():
-        assert torch.equal(again(tokens).logits, theirs(tokens).logits)
 
 
 def test_the_language_model_beside_a_vision_tower_is_saved_as_the_family_says(
@@ -100,7 +57,7 @@ def test_the_language_model_beside_a_vision_tower_is_saved_as_the_family_says(
     exec(recipe, {"FOLDER": tmp_path / "whole", "NEW_FOLDER": tmp_path / "text"})
     found = find_architecture(ModelConfig(name="gemma3", hf_assets_path=str(tmp_path / "text")))
     ours = found.family.build(found.config)
-    hf_io.load_into(ours, tmp_path / "text", found.family.key_map(found.config))
+    hf_weights.load_into(ours, tmp_path / "text", found.family.key_map(found.config))
     tokens = random_tokens(1, 20, vocab_size=SHAPE["vocab_size"])
     with torch.no_grad():
         expected = whole(tokens).logits
@@ -116,7 +73,7 @@ def _through(rank: int, world_size: int, source: Path, target: Path) -> dict[str
     """Import, export, and return the whole parameters that the model held in between."""
     model, _ = build_case(TP2, subject=JOINED)
     assets = _assets("phi3", JOINED.sizes(TP2))
-    hf_io.load_into(model, source, assets.key_map)
+    hf_weights.load_into(model, source, assets.key_map)
     hf_io.export(model, target, assets, dtype=torch.float32)
     parameters = dict(model.named_parameters()).items()
     return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in parameters}
@@ -148,4 +105,4 @@ def test_a_joined_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     model = load_family("phi3").build(sizes)
     shapes = r"layers\.0\.self_attn\.qkv_proj.* has shape \(96, 32\), the model has \(128, 32\)"
     with pytest.raises(ValueError, match=shapes):
-        hf_io.load_into(model, tmp_path, _assets("phi3", sizes).key_map)
+        hf_weights.load_into(model, tmp_path, _assets("phi3", sizes).key_map)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from engine import hf_io
+from engine import hf_io, hf_weights
 from engine.checkpoint import Checkpointer
 from models.registry import load_family
 from parallelisms.materialise import materialise
@@ -42,7 +42,7 @@ def _through(
 ) -> dict[str, Tensor]:
     """Import, export, and return what the model held in between."""
     state, _ = start(case)
-    hf_io.load_into(state.model, source, assets(case).key_map)
+    hf_weights.load_into(state.model, source, assets(case).key_map)
     dtype = values.pop("dtype", torch.float32)
     hf_io.export(state.model, target, assets(case), dtype=dtype, **values)
     return gathered(state)
@@ -113,45 +113,37 @@ def test_sixteen_bit_files_fill_fp32_parameters_exactly(tmp_path: Path) -> None:
     rounded = {name: tensor.bfloat16() for name, tensor in stored(tmp_path).items()}
     save_file(rounded, tmp_path / "model.safetensors")
     model, tensors = build_alone(ONE)
-    hf_io.load_into(model, tmp_path, assets(ONE).key_map)
+    hf_weights.load_into(model, tmp_path, assets(ONE).key_map)
     for name, tensor in rounded.items():
         assert tensors[name].dtype == torch.float32 and torch.equal(tensors[name], tensor.float())
 
 
-def test_a_rank_reads_only_its_own_slices(ranks, tmp_path: Path) -> None:
-    original = hf_folder(tmp_path, TP2)
-    whole = sum(tensor.numel() for tensor in original.values())
-    norms = sum(tensor.numel() for tensor in original.values() if tensor.ndim == 1)
-    for read in ranks(2, _count_read, tmp_path):
-        assert read == norms + (whole - norms) // 2
+@pytest.mark.parametrize(("case", "ranks_of_a_node", "readers"), [(TP2, 2, 2), (HSDP, 2, 4)])
+def test_ranks_read_disjoint_rows_and_replicas_too_on_several_nodes(
+    ranks, tmp_path: Path, case: Case, ranks_of_a_node: int, readers: int
+) -> None:
+    original = hf_folder(tmp_path, case)
+    vectors = sum(tensor.nbytes for tensor in original.values() if tensor.ndim == 1)
+    matrices = sum(tensor.nbytes for tensor in original.values() if tensor.ndim == 2)
+    expected = vectors // case.shard + matrices // readers
+    found = ranks(case.world_size, _bytes_read, tmp_path, case, ranks_of_a_node)
+    assert found == [expected] * case.world_size
 
 
-def _count_read(rank: int, world_size: int, folder: Path) -> int:
-    model, _ = build_case(TP2)
-    read = 0
-    original = hf_io.HfWeights.read
-
-    def counting(
-        self: hf_io.HfWeights, name: str, slices: tuple[slice, ...] | None = None
-    ) -> Tensor:
-        nonlocal read
-        part = original(self, name, slices)
-        read += part.numel()
-        return part
-
-    hf_io.HfWeights.read = counting
-    try:
-        hf_io.load_into(model, folder, assets(TP2).key_map)
-    finally:
-        hf_io.HfWeights.read = original
-    return read
+def _bytes_read(rank: int, world_size: int, folder: Path, case: Case, ranks_of_a_node: int) -> int:
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_of_a_node)
+    state, _ = start(case)
+    done = hf_weights.load_into(state.model, folder, assets(case).key_map)
+    held, original = gathered(state), stored(folder)
+    assert all(torch.equal(held[name], tensor) for name, tensor in original.items())
+    return done.bytes_read
 
 
 def load(folder: Path, case: Case = ONE) -> None:
     with torch.device("meta"):
         model = load_family("llama3").build(model_config(case))
     materialise(model, "cpu")
-    hf_io.load_into(model, folder, assets(case).key_map)
+    hf_weights.load_into(model, folder, assets(case).key_map)
 
 
 def test_missing_and_unexpected_tensors_are_fatal_and_listed(tmp_path: Path) -> None:
@@ -181,7 +173,7 @@ def _load_allowed(rank: int, world_size: int, folder: Path) -> tuple[bool, bool]
     state, _ = start(TP2)
     before = gathered(state)
     allowed = ("extra.*", "model.layers.*.mlp.up_proj.weight")
-    hf_io.load_into(state.model, folder, assets(TP2).key_map, allowed=allowed)
+    hf_weights.load_into(state.model, folder, assets(TP2).key_map, allowed=allowed)
     after = gathered(state)
     missing, present = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
     return torch.equal(before[missing], after[missing]), not torch.equal(
@@ -191,7 +183,8 @@ def _load_allowed(rank: int, world_size: int, folder: Path) -> tuple[bool, bool]
 
 def test_known_tables_without_parameters_are_passed_over(tmp_path: Path) -> None:
     tensors = hf_folder(tmp_path, ONE)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    for name in ("layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.cos_cached"):
+        tensors[f"model.{name}"] = torch.ones(4)
     save_file(tensors, tmp_path / "model.safetensors")
     load(tmp_path)
 
@@ -218,6 +211,8 @@ def test_a_corrupt_shard_is_named(tmp_path: Path, damage: str, sharded: bool) ->
     else:
         file.unlink()
     named = file.name if sharded or damage != "missing" else str(tmp_path)
+    if damage == "cut short":
+        named += r" is cut short: (model\.norm|lm_head)\.weight ends at .* tensors are not whole"
     with pytest.raises(ValueError, match=named):
         load(tmp_path)
 

@@ -28,7 +28,7 @@ from engine.verify.plans import (
     list_plans,
     traits,
 )
-from engine.verify.ranks import Job, Row, check_plans
+from engine.verify.ranks import PlanJob, Row, check_plans
 from engine.verify.refusals import Rules
 from engine.verify.report import Report, tolerance
 from engine.verify.subject import SHRUNK, SMALL, TINY, find_subject
@@ -288,7 +288,7 @@ def test_a_family_is_shrunk_but_keeps_its_heads_and_says_so(tmp_path: Path) -> N
 # ---------------------------------------------------------------------- on gloo ranks
 
 
-def planted(rank: int, world_size: int, job: Job) -> list[Row]:
+def planted(rank: int, world_size: int, job: PlanJob) -> list[Row]:
     assert dist.group.WORLD is not None
     return list(check_plans(job, dist.group.WORLD))
 
@@ -301,7 +301,7 @@ PLANTED = [(name, FAULTS[name].example) for name in SILENT] + [
 
 @pytest.mark.parametrize(("fault", "case"), PLANTED, ids=lambda value: str(value))
 def test_each_fault_is_noticed(ranks: RankPool, fault: str, case: Case) -> None:
-    job = Job(cases=(case,), subject=TINY, device_type="cpu", fault=fault)
+    job = PlanJob(cases=(case,), subject=TINY, device_type="cpu", fault=fault)
     for (row,) in ranks(case.world_size, planted, job):
         assert report(row, fault=fault).end() == 1
         assert row.comparison is not None
@@ -312,7 +312,7 @@ def test_each_fault_is_noticed(ranks: RankPool, fault: str, case: Case) -> None:
 
 def test_several_plans_of_one_job_share_their_group(ranks: RankPool) -> None:
     cases = (Case(shard=2), Case(shard=2, tied=True), Case(tp=2), Case(shard=2, bfloat16=True))
-    job = Job(cases=cases, subject=find_subject("llama3", "cpu")[0], device_type="cpu")
+    job = PlanJob(cases=cases, subject=find_subject("llama3", "cpu")[0], device_type="cpu")
     rows = ranks(2, planted, job)[0]
     assert tuple(row.case for row in rows) == cases
     assert report(*rows).end() == 0

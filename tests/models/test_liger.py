@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from engine.model import ModelConfig, ModelNeeds, resolve_architecture
 from engine.verify.case import Case
 from engine.verify.parity import BF16_ARITHMETIC, FP32_REORDERED_SUM, Comparison
-from engine.verify.ranks import Job, Row, run_here
+from engine.verify.ranks import PlanJob, Row, run_here
 from engine.verify.report import tolerance
 from engine.verify.subject import SMALL
 from models.layers import head, liger, norm, rope
@@ -342,7 +342,7 @@ def test_no_function_makes_the_host_wait(gpu: str) -> None:
 def test_a_model_on_a_gpu_gives_the_gradients_of_one_process_in_torch(gpu: str) -> None:
     cases = tuple(case for case in PLANS if case.world_size == 1)
     rows: list[Row] = []
-    run_here(Job(cases=cases, subject=SMALL.for_ranks(1), device_type=gpu), 1, rows.append)
+    run_here(PlanJob(cases=cases, subject=SMALL.for_ranks(1), device_type=gpu), 1, rows.append)
     assert [row.case for row in rows] == list(cases)
     for row in rows:
         assert row.comparison is not None, row.error

@@ -2,16 +2,19 @@
 
 import dataclasses
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from models.decoder import DecoderLM
 from models.initialise import initial_values
 from parallelisms import ParallelConfig, ParallelDims
 from parallelisms.materialise import fill, local_slices, tied_names
+from parallelisms.shared_fill import fill_shared
 from tests.parity.cases import LAYOUTS, Case, build_case, model_config
 from tests.ranks import RankPool
 
@@ -46,6 +49,29 @@ def fill_and_gather(rank: int, world_size: int, case: Case) -> None:
         assert torch.equal(parameter.to_local(), local), name
     if case.shard < 8:
         assert drawn == set(shapes)
+    share_and_gather(model, shapes)
+
+
+def share_and_gather(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
+    """Fill it again, each element of a matrix drawn by one rank of all."""
+    for parameter in model.parameters():
+        parameter.detach().zero_()
+    drawn = {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    def draw(name: str, slices: tuple[slice, ...]) -> Tensor:
+        drawn[name][slices] += 1.0
+        return counted(shapes[name])[slices]
+
+    with patch("parallelisms.shared_fill.BYTES_AT_ONCE", 1100):  # 8 rows of 32 and a rest
+        fill_shared(model, draw, skip={"model.norm.weight"}, share_replicas=True)
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        expected = counted(shapes[name]) * (name != "model.norm.weight")
+        assert torch.equal(parameter.full_tensor(), expected), name
+        assert torch.equal(parameter.to_local(), expected[local_slices(parameter)]), name
+    times = torch.cat([t.flatten() for t in drawn.values() if t.ndim > 1])
+    dist.all_reduce(times)
+    assert torch.equal(times, torch.ones_like(times))
 
 
 @pytest.mark.parametrize("case", UNEVEN, ids=str)
@@ -109,3 +135,22 @@ def ties_through_the_stages(rank: int, world_size: int, case: Case) -> bool:
 def test_tied_weights_are_one_object_after_materialising(ranks: RankPool, case: Case) -> None:
     tied = dataclasses.replace(case, tied=True)
     assert ranks(case.world_size, ties_through_the_stages, tied) == [True] * case.world_size
+
+
+def fill_with_a_bad_disk(rank: int, world_size: int) -> str:
+    model, _ = build_case(Case(tp=2))
+
+    def draw(name: str, slices: tuple[slice, ...]) -> Tensor:
+        if rank == 1 and name.endswith("up_proj.weight"):
+            raise OSError("bad sector")
+        return torch.zeros([part.stop - part.start for part in slices])
+
+    try:
+        fill_shared(model, draw)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_cannot_read_leaves_no_other_waiting(ranks: RankPool) -> None:
+    assert ranks(2, fill_with_a_bad_disk) == ["", "bad sector"]

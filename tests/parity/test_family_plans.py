@@ -85,16 +85,10 @@ def test_soft_caps_and_norms_on_both_sides_in_each_layout(ranks: RankPool, case:
         result.check()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["mistral:7B_v0.1", "qwen2:7B", "qwen3:0.6B", "phi3:medium_4k", "gemma3:27B"],
-)
-def test_a_released_size_trains_on_shards_and_split_heads(ranks: RankPool, name: str) -> None:
-    case = Case(tp=2) if name.startswith(("phi3", "gemma3")) else Case(shard=2, tp=2)
-    subject, sentence = find_subject(name, "cpu")
-    assert ("sliding_window" in sentence) == name.startswith(("mistral", "phi3", "gemma3"))
-    for result in ranks(case.world_size, run, subject.for_ranks(4), case):
-        result.check()
+def test_a_released_size_says_what_was_shrunk() -> None:
+    for name in ("mistral:7B_v0.1", "qwen2:7B", "phi3:medium_4k", "gemma3:27B"):
+        _, sentence = find_subject(name, "cpu")
+        assert ("sliding_window" in sentence) == name.startswith(("mistral", "phi3", "gemma3"))
 
 
 def test_a_model_keeps_each_type_of_layer_when_it_is_shrunk() -> None:

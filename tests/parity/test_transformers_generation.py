@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from engine.verify.variants import SHAPE, random_model, same_in_ours
 from models.generate import generate
 from tests.models.tiny import random_tokens
-from tests.parity.hf_cases import SHAPE, random_model, same_in_ours
 
 NEW_TOKENS = 64
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.cli import run_command
+from engine.verify.variants import SHAPE, random_model
 from scripts.generate import main
-from tests.parity.hf_cases import SHAPE, random_model
 
 TEXT = ["def main(arguments):", "    return [value for value in values if value]", "class Name:"]
 

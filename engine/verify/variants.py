@@ -1,16 +1,21 @@
-"""Random models of transformers, and ours with the same weights and config.json."""
+"""Random tiny models of transformers, several of each family, and ours with the same weights.
+
+A family comes into `python -m engine.verify families` with an entry in `MODELS`.
+"""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from models.decoder import DecoderLM
 from models.registry import family_for_hf
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -88,6 +93,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "longrope": {"rope_theta": 1e4, "rope_scaling": LONGROPE, "head_dim": 8},
     "mlp_bias_tied": {"rope_theta": 1e4, "mlp_bias": True, "tie_word_embeddings": True},
     "qwen2": {**QWEN2, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen2_tied": {**QWEN2, "tie_word_embeddings": True},
     "qwen2_window": {**QWEN2, **WINDOW, "max_window_layers": 1, "rope_scaling": YARN},
     "qwen3": {**QWEN3, "tie_word_embeddings": True, "head_dim": 16},
     "qwen3_window_bias": {
@@ -119,14 +125,23 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def llama_config(settings: Mapping[str, Any]) -> LlamaConfig:
+def family_of(name: str) -> str:
+    """Return the family of one of `MODELS`."""
+    return family_for_hf({"model_type": MODELS[name].get("model_type", "llama")}).name
+
+
+def llama_config(settings: Mapping[str, Any]) -> "LlamaConfig":
     """Return transformers' configuration; it gets a copy, since it changes what it is given."""
+    from transformers import LlamaConfig  # slow to import, and other commands need none of it
+
     copy: dict[str, Any] = json.loads(json.dumps(settings))
     return LlamaConfig(**copy)
 
 
 def random_model(name: str, **overrides: Any) -> Any:
     """Return transformers' model with random weights in fp32, norms and biases included."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(0)
     settings: dict[str, Any] = json.loads(json.dumps({**SHAPE, **MODELS[name], **overrides}))
     config = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
