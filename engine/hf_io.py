@@ -165,6 +165,7 @@ def load_into(
     weights = HfWeights(folder)
     tensors = model_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    key_map = key_map.of_files(weights.names, shapes)
     refuse_other_weights(weights, key_map.shapes(shapes), key_map, allowed=allowed)
     places = key_map.places(shapes)
 

@@ -1,10 +1,11 @@
 """The shape of the decoder that all dense families share."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from models.layers.liger import Kernels
 from models.layers.rope import RopeConfig
+from models.sizes import Feature
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of attention of a block, in the words of config.json."""
@@ -13,6 +14,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:
     """Shape of a decoder; a family file makes one from a size table or from a config.json."""
+
+    attention_backends: ClassVar[tuple[str, ...]] = ()
+    longest_row: ClassVar[int | None] = None
+    waits_for_device: ClassVar[bool] = False
 
     vocab_size: int
     """Rows of the embedding."""
@@ -144,3 +149,12 @@ class DecoderConfig:
     def has_qkv_bias(self) -> bool:
         """Whether the projections to queries, keys and values have a bias."""
         return self.attention_bias or self.qkv_bias
+
+    @property
+    def angles_depend_on_length(self) -> bool:
+        """Whether rotary angles need the length of the whole document."""
+        return self.rope.depends_on_length
+
+    def refusal(self, feature: Feature) -> str | None:
+        """Say why the model cannot do this, or None if it can: it can do everything."""
+        return None
