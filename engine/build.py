@@ -312,9 +312,7 @@ def _build_meter(
     )
 
 
-def _build_stall_watch(
-    config: JobConfig, architecture: Architecture, world: World
-) -> StallWatch:
+def _build_stall_watch(config: JobConfig, architecture: Architecture, world: World) -> StallWatch:
     # Parameters and gradients in host memory are copied to and fro, and some copies are waited for.
     waits = config.training.enable_cpu_offload or architecture.config.waits_for_device
     return StallWatch(

@@ -1,7 +1,7 @@
 """The shape of the decoder that all dense families share."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from models.layers.liger import Kernels
 from models.layers.rope import RopeConfig
@@ -14,10 +14,6 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:
     """Shape of a decoder; a family file makes one from a size table or from a config.json."""
-
-    attention_backends: ClassVar[tuple[str, ...]] = ()
-    longest_row: ClassVar[int | None] = None
-    waits_for_device: ClassVar[bool] = False
 
     vocab_size: int
     """Rows of the embedding."""
@@ -154,6 +150,21 @@ class DecoderConfig:
     def angles_depend_on_length(self) -> bool:
         """Whether rotary angles need the length of the whole document."""
         return self.rope.depends_on_length
+
+    @property
+    def attention_backends(self) -> tuple[str, ...]:
+        """Backends that the model can run: all that there are."""
+        return ()
+
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens of the longest row that the model can read: there is no such."""
+        return None
+
+    @property
+    def waits_for_device(self) -> bool:
+        """Whether the host waits for the device in each forward pass: it does not."""
+        return False
 
     def refusal(self, feature: Feature) -> str | None:
         """Say why the model cannot do this, or None if it can: it can do everything."""

@@ -23,7 +23,7 @@ def read_config(hf: Mapping[str, Any]) -> Any:
     """Return the configuration of a config.json as transformers reads it; never foreign code."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
 
-    model_type = hf.get("model_type")
+    model_type: Any = hf.get("model_type")
     if model_type not in CONFIG_MAPPING:
         needs = "needs code of its own, which is never run, or " if "auto_map" in hf else ""
         raise ValueError(
@@ -75,8 +75,10 @@ class WrappedHead(LMHead):
         self, x_BTD: Tensor, *, labels_BT: Tensor | None = None
     ) -> Tensor:
         """Return logits (B, T, V), or with labels their fp32 log-probabilities (B, T)."""
-        return self._logits(x_BTD) if labels_BT is None else super().forward(
-            x_BTD, labels_BT=labels_BT
+        return (
+            self._logits(x_BTD)
+            if labels_BT is None
+            else super().forward(x_BTD, labels_BT=labels_BT)
         )
 
     def _score(self, x_ND: Tensor, labels_N: Tensor) -> Tensor:
@@ -213,9 +215,10 @@ def _finish(shell: Any, logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def restore_buffers(model: WrappedLM) -> None:
-    """Compute every buffer on the CPU, by the model's own initialisation; parameters stay as they are.
+    """Compute every buffer on the CPU, by the model's own initialisation.
 
-    ValueError for a buffer that this leaves as it was.
+    Parameters, on the meta device, have no values to change. ValueError for a buffer that is left
+    as it was.
     """
     with torch.random.fork_rng(devices=[]):
         for path, module in model.named_modules():

@@ -14,7 +14,7 @@ FP32_REORDERED_SUM = 1e-5  # rows of other lengths, so sums in another order
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_buffers_and_documents_are_those_of_the_plain_module(name: str) -> None:
-    ours, theirs, rows = wrapped(name), plain(name), packed_rows()
+    ours, theirs, rows = wrapped(MODELS[name]), plain(MODELS[name]), packed_rows()
     tokens_BT = rows["tokens_BT"]
     found, expected = dict(ours.named_buffers()), dict(theirs.named_buffers())
     assert found.keys() == expected.keys()
@@ -38,7 +38,7 @@ def test_logits_buffers_and_documents_are_those_of_the_plain_module(name: str) -
 
 def test_initial_values_are_those_of_transformers_and_owe_nothing_to_the_global_generator() -> None:
     before = torch.get_rng_state()
-    ours, other = wrapped("gpt2"), wrapped("gpt2", seed=SEED + 1)
+    ours, other = wrapped(MODELS["gpt2"]), wrapped(MODELS["gpt2"], seed=SEED + 1)
     assert torch.equal(torch.get_rng_state(), before)
     for name, parameter in ours.named_parameters():
         if name.endswith("bias"):

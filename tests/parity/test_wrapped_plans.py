@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from engine.loop import fit
 from engine.verify.parity import checkpoint_config
 from models.families.hf import FAMILY
+from models.wrapped.initial import initial_values
 from parallelisms import ParallelConfig, ParallelDims
 from parallelisms.apply import parallelize
 from parallelisms.compile import CompileConfig
@@ -20,7 +21,7 @@ from parallelisms.fsdp import PrecisionConfig
 from parallelisms.materialise import fill, materialise
 from tests.end_to_end.launch import free_port
 from tests.engine.tiny_run import SIZES, packed_documents, rows_of_run, tiny_config, tiny_folder
-from tests.parity.wrapped_cases import MODELS, SEED, alone, packed_rows, plain, sizes_of, wrapped
+from tests.parity.wrapped_cases import MODELS, SEED, alone, packed_rows, plain, wrapped
 from tests.ranks import RankPool, leave_process_group
 
 FP32_REORDERED_SUM = 1e-5  # documents alone against packed rows, relative to the largest gradient
@@ -43,7 +44,7 @@ def whole(tensor: Any) -> torch.Tensor:
 def parallel_model(
     name: str, layout: dict[str, Any], checkpointing: str, backend: str
 ) -> tuple[nn.Module, ParallelDims]:
-    sizes = sizes_of(name)
+    sizes = FAMILY.config_from_hf(MODELS[name])
     parallel = ParallelConfig(**layout)
     dims = ParallelDims.of(parallel, 2).build("cpu")
     with torch.device("meta"):
@@ -58,8 +59,7 @@ def parallel_model(
         compile=CompileConfig(enable=bool(backend), backend=backend or "inductor"),
     )
     materialise(model, "cpu")
-    assert FAMILY.initial_values is not None
-    fill(model, FAMILY.initial_values(model, sizes, seed=SEED))
+    fill(model, initial_values(model, sizes, seed=SEED))
     return model, dims
 
 
@@ -67,13 +67,13 @@ def differences(case: tuple[str, dict[str, Any], str, str]) -> dict[str, float]:
     """Return how far loss and gradients are apart, relative to the largest value of each."""
     name, *_ = case
     model, dims = parallel_model(*case)
-    for parameter_name, expected in wrapped(name).named_parameters():
+    for parameter_name, expected in wrapped(MODELS[name]).named_parameters():
         assert torch.equal(whole(model.get_parameter(parameter_name)), expected), parameter_name
     rows = packed_rows()
     num_labels = (rows["labels_BT"] >= 0).sum()
     mine = {key: value.chunk(dims.batch_degree)[dims.batch_rank] for key, value in rows.items()}
     (-model(mine.pop("tokens_BT"), **mine).sum() / num_labels).backward()
-    theirs = plain(name)
+    theirs = plain(MODELS[name])
     (-torch.cat(alone(theirs, rows)).sum() / num_labels).backward()
     errors = {}
     for parameter_name, parameter in theirs.named_parameters():

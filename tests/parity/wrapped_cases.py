@@ -1,5 +1,6 @@
 """Tiny models of transformers that no family of ours builds, ours around them, and packed rows."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from models.families.hf import FAMILY
-from models.wrapped.describe import WrappedSizes
+from models.wrapped.initial import initial_values
 from models.wrapped.module import WrappedLM
 from parallelisms.materialise import fill, materialise
 
@@ -42,27 +43,21 @@ LENGTHS = ((7, 9), (4, 10))
 """Of the documents in each row of 16 tokens; the rest of a row is padding."""
 
 
-def sizes_of(name: str) -> WrappedSizes:
-    """Return the description of one of `MODELS`."""
-    return FAMILY.config_from_hf(MODELS[name])
-
-
-def wrapped(name: str, seed: int = SEED) -> WrappedLM:
-    """Return our model at its initial values, made as a run makes it."""
-    sizes = sizes_of(name)
+def wrapped(hf: Mapping[str, Any], seed: int = SEED) -> WrappedLM:
+    """Return our model of a config.json at its initial values, made as a run makes it."""
+    sizes = FAMILY.config_from_hf(hf)
     with torch.device("meta"):
         model = FAMILY.build(sizes)
     materialise(model, "cpu")
-    assert FAMILY.initial_values is not None
-    fill(model, FAMILY.initial_values(model, sizes, seed=seed))
+    fill(model, initial_values(model, sizes, seed=seed))
     return model
 
 
-def plain(name: str) -> Any:
+def plain(hf: Mapping[str, Any]) -> Any:
     """Return transformers' module as it makes it itself, with the same parameters."""
-    config = AutoConfig.for_model(**MODELS[name])
+    config = AutoConfig.for_model(**hf)
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    theirs.load_state_dict(wrapped(name).state_dict())
+    theirs.load_state_dict(wrapped(hf).state_dict())
     return theirs
 
 
