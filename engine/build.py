@@ -135,6 +135,8 @@ def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture)
     total, _ = parameter_counts(architecture.config)
     log.info("model: %s, %s, %s parameters", config.model.name, architecture.origin, f"{total:,}")
     sizes = architecture.config
+    for note in sizes.notes:
+        log.info("model: %s", note)
     log.info(
         "attention: %s, kernels: %s; ranks: %s", sizes.attention, sizes.kernels, dims.describe()
     )

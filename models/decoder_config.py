@@ -166,6 +166,11 @@ class DecoderConfig:
         """Whether the host waits for the device in each forward pass: it does not."""
         return False
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the log says about how the model is trained: nothing."""
+        return ()
+
     def refusal(self, feature: Feature) -> str | None:
         """Say why the model cannot do this, or None if it can: it can do everything."""
         return None

@@ -104,6 +104,11 @@ class ModelSizes(Protocol):
         """Whether the host waits for the device in each forward pass."""
         ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the log says about how the model is trained."""
+        ...
+
     def has_window_in(self, num_tokens: int | None) -> bool:
         """Say whether its backend must mask a window in a row of so many tokens."""
         ...

@@ -72,6 +72,7 @@ class WrappedSizes:
     attention: str
     attention_backends: tuple[str, ...]
     longest_row: int | None
+    notes: tuple[str, ...]
     kernels: Kernels = "torch"
     angles_depend_on_length: bool = False
     waits_for_device: bool = True
@@ -131,6 +132,7 @@ def _describe(text: str) -> WrappedSizes:
         attention=backends[0],
         attention_backends=backends,
         longest_row=_longest_row(model, config),
+        notes=_notes(config),
     )
 
 
@@ -258,3 +260,13 @@ def _ignorable(causal: Any) -> tuple[str, ...]:
     """Return what a checkpoint may hold beside parameters, such as the tables of older versions."""
     known = getattr(causal, "_keys_to_ignore_on_load_unexpected", None) or ()
     return (r".*rotary_emb\.inv_freq", *(rf".*(?:{pattern}).*" for pattern in known))
+
+
+def _notes(config: Any) -> tuple[str, ...]:
+    """Return that dropout is left out, if the configuration asks for some."""
+    asked = [
+        f"{key} = {value}"
+        for key, value in config.to_dict().items()
+        if key.endswith(("dropout", "pdrop")) and isinstance(value, float) and value > 0
+    ]
+    return (f"trained without its dropout ({', '.join(asked)})",) if asked else ()

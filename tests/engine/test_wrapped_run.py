@@ -40,7 +40,7 @@ def run(folder: Path, *options: str) -> list[dict[str, Any]]:
     settings = ("--model.name=hf", "--checkpoint.enable", "--checkpoint.last_save_in_hf")
     settings += ("--metrics.log_freq=1", "--checkpoint.interval=2", *CONSTANT_RATE)
     data = packed_documents(folder)
-    fit(tiny_config(folder, *settings, *data, "--validation.enable", *options))
+    fit(tiny_config(folder, *settings, *data, *options))
     return rows_of_run(folder)
 
 
@@ -53,7 +53,8 @@ def test_weights_come_back_bit_equal_with_all_that_transformers_needs(
 ) -> None:
     weights = folder_without_prefix(tmp_path / "hf")
     loaded = ("--checkpoint.initial_load_in_hf", "--training.steps=1", "--optimizer.lr=0")
-    run(tmp_path, *loaded, "--validation.freq=1")
+    rows = run(tmp_path, *loaded, "--validation.enable", "--validation.freq=1")
+    assert rows[0]["validation_loss"] == pytest.approx(rows[0]["loss"], rel=0.2)
     found, out = exported(tmp_path), tmp_path / "run" / "hf"
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
@@ -93,6 +94,8 @@ def test_a_resumed_run_with_frozen_layers_is_the_uninterrupted_one(tmp_path: Pat
     assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
     first, last = exported(tmp_path / "whole"), exported(tmp_path / "parts")
     assert all(torch.equal(last[name], tensor) for name, tensor in first.items())
+    log = (tmp_path / "whole" / "run" / "logs" / "rank-0.log").read_text()
+    assert "trained without its dropout (" in log and "resid_pdrop = 0.1" in log
     start = dict(wrapped(GPT2, seed=42).named_parameters())
     moved = {name for name, tensor in first.items() if not torch.equal(tensor, start[name])}
     assert moved == {n for n in start if ".wte." not in n and ".h.0." not in n}

@@ -30,7 +30,7 @@ TP = {"tensor_parallel_degree": 2, "sequence_parallel": False}
 CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("gpt2", FSDP, "full", ""),
     ("granite", FSDP, "2", "aot_eager"),
-    ("olmo", TP, "op", "aot_eager"),
+    ("olmo", TP, "op", ""),
     ("granite", TP, "none", ""),
     ("starcoder2", TP, "full", ""),
 ]
