@@ -46,7 +46,6 @@ from models.flops import (
     parameter_counts,
     train_flops_per_token,
 )
-from models.initialise import initial_values
 from models.registry import load_member
 from parallelisms.apply import parallelize
 from parallelisms.fsdp import PrecisionConfig
@@ -116,7 +115,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     )
     _fill_weights(config, architecture, checkpointer, state)
     meter = _build_meter(config, world, architecture, state)
-    stalls = _build_stall_watch(config, world)
+    stalls = _build_stall_watch(config, architecture, world)
     return Run(
         config=config,
         world=world,
@@ -136,6 +135,8 @@ def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture)
     total, _ = parameter_counts(architecture.config)
     log.info("model: %s, %s, %s parameters", config.model.name, architecture.origin, f"{total:,}")
     sizes = architecture.config
+    for note in sizes.notes:
+        log.info("model: %s", note)
     log.info(
         "attention: %s, kernels: %s; ranks: %s", sizes.attention, sizes.kernels, dims.describe()
     )
@@ -277,7 +278,7 @@ def _fill_weights(
     source = checkpointer.find(only_model=config.validation.only)
     if source is None or section.initial_load_allow:
         log.info("starting from initial values, seed %d", config.debug.effective_seed)
-        draw = initial_values(state.model, architecture.config, seed=config.debug.effective_seed)
+        draw = architecture.initial_values(state.model, seed=config.debug.effective_seed)
         fill(state.model, draw)
     if source is not None:
         if source.kind == "hf" and not section.initial_load_path:
@@ -313,13 +314,13 @@ def _build_meter(
     )
 
 
-def _build_stall_watch(config: JobConfig, world: World) -> StallWatch:
+def _build_stall_watch(config: JobConfig, architecture: Architecture, world: World) -> StallWatch:
     # Parameters and gradients in host memory are copied to and fro, and some copies are waited for.
-    offloads = config.training.enable_cpu_offload
+    waits = config.training.enable_cpu_offload or architecture.config.waits_for_device
     return StallWatch(
         world.device,
         speaks=world.rank == 0,
-        host_syncs_by_design=None if offloads else HOST_SYNCS_OF_A_STEP,
+        host_syncs_by_design=None if waits else HOST_SYNCS_OF_A_STEP,
     )
 
 

@@ -13,10 +13,11 @@ from engine import titan
 from engine.checkpoint_rules import CHECKPOINT_RULES
 from engine.data.config import DATASETS_FROM_FILES
 from engine.layout_rules import BUDGET_RULES, CONTEXT_RULES, LAYOUT_RULES
+from engine.model_rules import MODEL_RULES
 from engine.rules import Facts, Rule, gather_facts
 from engine.schema import raise_mistakes
 from engine.step import TrainingConfig
-from models.decoder import DecoderConfig
+from models.sizes import ModelSizes
 from parallelisms.mesh import ParallelDims
 
 if TYPE_CHECKING:
@@ -286,6 +287,7 @@ RULES: Sequence[Rule] = (
     *LAYOUT_RULES,
     *BUDGET_RULES,
     *CONTEXT_RULES,
+    *MODEL_RULES,
     *DEVICE_RULES,
     *COMPILE_RULES,
     *KERNEL_RULES,
@@ -311,7 +313,7 @@ def check_data(config: "JobConfig") -> None:
 
 
 def check_combinations(
-    config: "JobConfig", dims: ParallelDims, decoder: DecoderConfig, tokenizer_vocab_size: int
+    config: "JobConfig", dims: ParallelDims, decoder: ModelSizes, tokenizer_vocab_size: int
 ) -> None:
     """Look again once the run knows its ranks, its device and its tokenizer; raise ValueError."""
     facts, problems = gather_facts(config, dims.world_size, device_type=dims.device_type)

@@ -90,7 +90,7 @@ def checkpoint_to_hf(
 ) -> None:
     """Write a step's parameters as a complete Hugging Face folder `out`, which must not exist."""
     _refuse_existing(out)
-    model, key_map = _empty_model(read_hf_config(step / HF_PREFIX))
+    model, key_map, _ = _empty_model(read_hf_config(step / HF_PREFIX))
     metadata = read_metadata(step)
     tensors = model_tensors(model)
     refuse_other_model(tensors, metadata, step, any_dtype=True)
@@ -112,10 +112,11 @@ def hf_to_checkpoint(folder: Path, out: Path, dtype: torch.dtype) -> None:
     """
     _refuse_existing(out)
     hf_config = read_hf_config(folder)
-    model, key_map = _empty_model(hf_config)
+    model, key_map, _ = _empty_model(hf_config)
     weights = HfWeights(folder)
     tensors = {name: tensor.detach().to(dtype) for name, tensor in model_tensors(model).items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    key_map = key_map.of_files(weights.names, shapes)
     refuse_other_weights(weights, key_map.shapes(shapes), key_map)
     assets = HfAssets(
         key_map=key_map,
@@ -149,9 +150,8 @@ def compare_logits(step: Path, exported: Path, dtype: torch.dtype) -> Difference
 
     Both compute in fp32 from parameters rounded to `dtype`, on random tokens, one after the other.
     """
-    model, _ = _empty_model(read_hf_config(step / HF_PREFIX))
+    model, _, vocab_size = _empty_model(read_hf_config(step / HF_PREFIX))
     generator = torch.Generator().manual_seed(_SEED)
-    vocab_size = model.get_parameter("model.embed_tokens.weight").shape[0]
     tokens_BT = torch.randint(vocab_size, (_ROWS, _TOKENS), generator=generator)
     positions_BT = torch.arange(_TOKENS).expand(_ROWS, _TOKENS)
     materialise(model, "cpu")
@@ -190,11 +190,11 @@ def _refuse_existing(out: Path) -> None:
         raise ValueError(f"{out} exists already; remove it, or give another folder")
 
 
-def _empty_model(hf_config: Mapping[str, object]) -> tuple[nn.Module, KeyMap]:
-    family = family_for_hf(hf_config)
+def _empty_model(hf_config: Mapping[str, object]) -> tuple[nn.Module, KeyMap, int]:
+    family = family_for_hf(hf_config, or_any=True)
     sizes = family.config_from_hf(hf_config)
     with torch.device("meta"):
-        return family.build(sizes), family.key_map(sizes)
+        return family.build(sizes), family.key_map(sizes), sizes.vocab_size
 
 
 def _read(name: str, step: Path, metadata: Metadata) -> Tensor:

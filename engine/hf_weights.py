@@ -173,16 +173,17 @@ def load_into(
     started = time.perf_counter()
     group = ranks or RankGroup()
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
-    stored, places = key_map.shapes(shapes), key_map.places(shapes)
 
-    def open_checked() -> HfWeights:
+    def open_checked() -> tuple[HfWeights, KeyMap]:
         weights = HfWeights(folder)
-        refuse_other_weights(weights, stored, key_map, allowed=allowed)
-        return weights
+        names = key_map.of_files(weights.names, shapes)
+        refuse_other_weights(weights, names.shapes(shapes), names, allowed=allowed)
+        return weights, names
 
     try:
         # Before any rank waits for another's rows: a node may lack the files.
-        weights = group.together(open_checked)
+        weights, names = group.together(open_checked)
+        places = names.places(shapes)
 
         def draw(name: str, slices: tuple[slice, ...]) -> Tensor:
             return weights.read(places[name].stored, places[name].slices(slices))
@@ -193,6 +194,7 @@ def load_into(
     finally:
         if ranks is None:
             group.close()
+    stored = names.shapes(shapes)
     return Imported(
         bytes_read=weights.bytes_read,
         seconds=time.perf_counter() - started,

@@ -180,7 +180,7 @@ CONTEXT_RULES = (
     Rule(
         id="angles_of_documents_that_ranks_share",
         keys=("parallelism.context_parallel_degree", "model.flavor"),
-        applies=lambda f: f.cp > 1 and f.decoder is not None and f.decoder.rope.depends_on_length,
+        applies=lambda f: f.cp > 1 and f.decoder is not None and f.decoder.angles_depend_on_length,
         reason=(
             "rotary embedding of type {f.decoder.rope.kind!r} depends on how long a document is, "
             "and a rank sees only its part"

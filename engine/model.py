@@ -11,9 +11,11 @@ from torch import nn
 
 from engine.hf_io import CONFIG_NAME, read_hf_config
 from models.attention import unsupported_reason
+from models.initialise import initial_values
 from models.layers import liger
 from models.plan import ModelPlan
 from models.registry import ModelFamily, family_for_hf, load_family
+from parallelisms.materialise import Draw
 
 log = logging.getLogger("tessera")
 
@@ -23,7 +25,8 @@ class ModelConfig:
     """The architecture and how its arithmetic is done."""
 
     name: str = "llama3"
-    """Family: the name of a file in models/families."""
+    """Family: the name of a file in models/families; "hf" trains transformers' own module of any
+    other model whose config.json is in `hf_assets_path`."""
 
     flavor: str = "debugmodel"
     """Size from the family's table; ignored where `hf_assets_path` holds a config.json."""
@@ -83,6 +86,11 @@ class Architecture:
         with torch.device("meta"):
             return self.family.build(self.config)
 
+    def initial_values(self, model: nn.Module, *, seed: int) -> Draw:
+        """Return the function that draws part of a named parameter of `model`."""
+        draw = self.family.initial_values or initial_values
+        return draw(model, self.config, seed=seed)
+
 
 def find_architecture(config: ModelConfig) -> Architecture:
     """Return what flavor or config.json say, whatever the device can run."""
@@ -94,7 +102,8 @@ def find_architecture(config: ModelConfig) -> Architecture:
         )
     if folder and (Path(folder) / CONFIG_NAME).is_file():
         hf_config = read_hf_config(Path(folder))
-        family = family_for_hf(hf_config)
+        named = load_family(config.name)
+        family = family_for_hf(hf_config) if named.hf_model_types else named
         if family.name != config.name:
             raise ValueError(
                 f"model.name = {config.name!r}, but {folder}/config.json is of the family "
@@ -165,19 +174,23 @@ def choose_backend(config: ModelConfig, architecture: Architecture, needs: Model
     if config.attention != "auto":
         return config.attention
     # A flavor asks for one by name, on any device; or it has one of those that run everywhere.
-    if sizes.attention not in ("sdpa", "eager") or needs.device_type != "cuda":
+    asks = sizes.attention not in ("sdpa", "eager") or sizes.attention in sizes.attention_backends
+    if asks or needs.device_type != "cuda":
         return sizes.attention
     has_cudnn = needs.whole_rows and find_spec("cudnn") is not None
     return "cudnn" if has_cudnn and needs.refusal_for("cudnn", sizes) is None else "flex"
 
 
-def choose_kernels(config: ModelConfig, needs: ModelNeeds) -> liger.Kernels:
+def choose_kernels(
+    config: ModelConfig, architecture: Architecture, needs: ModelNeeds
+) -> liger.Kernels:
     """Return the kernels that `model.kernels` asks for."""
     if config.kernels != "auto":
         return config.kernels
     # Llama 1B, 2 rows of 8,192 tokens, one H100: torch operation by operation 35,981 tokens/s,
     # Liger 47,131, compiled 48,546 (scripts/bench/records/2026-11-24-h100-kernels-1gpu.json).
-    is_faster = needs.separate_operations
+    can = architecture.config.refusal("liger_kernels") is None
+    is_faster = can and needs.separate_operations
     return "liger" if is_faster and liger.unsupported_reason(needs.device_type) is None else "torch"
 
 
@@ -189,7 +202,7 @@ def resolve_architecture(config: ModelConfig, needs: ModelNeeds) -> Architecture
     reason = needs.refusal_for(backend, sizes)
     if reason is not None:
         raise ValueError(f"model.attention = {config.attention!r} cannot run here: {reason}")
-    kernels = choose_kernels(config, needs)
+    kernels = choose_kernels(config, architecture, needs)
     reason = liger.unsupported_reason(needs.device_type) if kernels == "liger" else None
     if reason is not None:
         raise ValueError(f"model.kernels = {config.kernels!r} cannot run here: {reason}")

@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from engine.model import ModelNeeds, choose_backend, find_architecture
 from engine.schema import value_of
-from models.decoder import DecoderConfig
+from models.sizes import Feature, ModelSizes
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
@@ -25,7 +25,7 @@ class Facts:
     config: "JobConfig"
     world_size: int
     device_type: str
-    decoder: DecoderConfig | None = None
+    decoder: ModelSizes | None = None
     """Sizes of the model; None where they could not be found, which is reported elsewhere."""
 
     attention: str = "sdpa"
@@ -133,6 +133,30 @@ class Facts:
         """Whether some blocks of the model see less than the longest rows that are read."""
         longest = model_needs(self.config, self.device_type).longest_row
         return self.decoder is not None and self.decoder.has_window_in(longest)
+
+    def refusal(self, feature: Feature) -> str | None:
+        """Why the model cannot do this, or None where it can."""
+        return None if self.decoder is None else self.decoder.refusal(feature)
+
+    @property
+    def refusals(self) -> dict[str, str | None]:
+        """The same for every feature, for messages."""
+        return {feature: self.refusal(feature) for feature in get_args(Feature)}
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether rows hold several documents; dummy rows are one each."""
+        data, config = self.config.data, self.config
+        read = [*data.read(config.training.dataset)] * self.trains
+        if self.validates and not config.validation.sources:
+            read += data.read(config.validation.dataset)
+        has_documents = any(dataset != "dummy" for dataset, _ in read)
+        return data.packing != "none" and (has_documents or bool(config.validation.sources))
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest rows that will be read, padding included."""
+        return _longest_row(self.config)
 
     @property
     def compiles_model(self) -> bool:

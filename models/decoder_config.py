@@ -6,6 +6,7 @@ from typing import Literal
 from models.layers.liger import Kernels
 from models.layers.mlp import Activation
 from models.layers.rope import RopeConfig
+from models.sizes import Feature
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of attention of a block, in the words of config.json."""
@@ -179,3 +180,32 @@ class DecoderConfig:
     def has_qkv_bias(self) -> bool:
         """Whether the projections to queries, keys and values have a bias."""
         return self.attention_bias or self.qkv_bias
+
+    @property
+    def angles_depend_on_length(self) -> bool:
+        """Whether rotary angles need the length of the whole document."""
+        return self.rope.depends_on_length
+
+    @property
+    def attention_backends(self) -> tuple[str, ...]:
+        """Backends that the model can run: all that there are."""
+        return ()
+
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens of the longest row that the model can read: there is no such."""
+        return None
+
+    @property
+    def waits_for_device(self) -> bool:
+        """Whether the host waits for the device in each forward pass: it does not."""
+        return False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the log says about how the model is trained: nothing."""
+        return ()
+
+    def refusal(self, feature: Feature) -> str | None:
+        """Say why the model cannot do this, or None if it can: it can do everything."""
+        return None

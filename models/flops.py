@@ -6,10 +6,12 @@ counted, so that the figure says what the training needs, not what an implementa
 Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B (6N + 12 L H C T per token).
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
 
-from models.decoder import SLIDING, DecoderConfig
+from models.decoder_config import SLIDING, DecoderConfig
+from models.sizes import ListedSizes, Weight
+
+Sizes = DecoderConfig | ListedSizes
 
 FORWARD_AND_BACKWARD = 3
 NORMS = {
@@ -23,27 +25,26 @@ NORMS = {
 """Names of the norms of a block before and after attention and feed-forward; empty is none."""
 
 
-class _Weight(NamedTuple):
-    name: str
-    num_elements: int
-    is_matrix: bool
+def _weights(config: Sizes) -> Iterable[Weight]:
+    """Return every parameter of our decoder, or of the model that lists its own."""
+    return _decoder_weights(config) if isinstance(config, DecoderConfig) else config.weights
 
 
-def _weights(config: DecoderConfig) -> Iterator[_Weight]:
+def _decoder_weights(config: DecoderConfig) -> Iterator[Weight]:
     """Yield every parameter in the order of the forward pass, the embedding without a product."""
     width, hidden = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    yield _Weight("model.embed_tokens.weight", config.vocab_size * width, False)
+    yield Weight("model.embed_tokens.weight", config.vocab_size * width, False)
 
-    def linear(name: str, inputs: int, outputs: int, has_bias: bool) -> Iterator[_Weight]:
-        yield _Weight(f"{name}.weight", inputs * outputs, True)
+    def linear(name: str, inputs: int, outputs: int, has_bias: bool) -> Iterator[Weight]:
+        yield Weight(f"{name}.weight", inputs * outputs, True)
         if has_bias:
-            yield _Weight(f"{name}.bias", outputs, False)
+            yield Weight(f"{name}.bias", outputs, False)
 
     for index in range(config.num_layers):
         block = f"model.layers.{index}"
         before_attention, after_attention, before_mlp, after_mlp = (
-            [_Weight(f"{block}.{name}.weight", width, False)] if name else []
+            [Weight(f"{block}.{name}.weight", width, False)] if name else []
             for name in NORMS[config.norms]
         )
         yield from before_attention
@@ -53,18 +54,18 @@ def _weights(config: DecoderConfig) -> Iterator[_Weight]:
             whole = config.qk_norm == "width"
             for name, channels in (("q", queries), ("k", keys)):
                 size = channels if whole else config.head_dim
-                yield _Weight(f"{block}.self_attn.{name}_norm.weight", size, False)
+                yield Weight(f"{block}.self_attn.{name}_norm.weight", size, False)
         yield from linear(f"{block}.self_attn.o_proj", queries, width, config.attention_bias)
         yield from after_attention + before_mlp
         yield from linear(f"{block}.mlp.gate_proj", width, hidden, config.mlp_bias)
         yield from linear(f"{block}.mlp.up_proj", width, hidden, config.mlp_bias)
         yield from linear(f"{block}.mlp.down_proj", hidden, width, config.mlp_bias)
         yield from after_mlp
-    yield _Weight("model.norm.weight", width, False)
-    yield _Weight("lm_head.weight", width * config.vocab_size, True)
+    yield Weight("model.norm.weight", width, False)
+    yield Weight("lm_head.weight", width * config.vocab_size, True)
 
 
-def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
+def parameter_counts(config: Sizes) -> tuple[int, int]:
     """Return the number of parameters: all, and all that are not the token embedding.
 
     A tied head counts once in the first figure and, since it is a matrix product, in the second.
@@ -75,7 +76,7 @@ def parameter_counts(config: DecoderConfig) -> tuple[int, int]:
 
 
 def train_flops_per_token(
-    config: DecoderConfig,
+    config: Sizes,
     seq_len: int,
     *,
     is_trainable: Callable[[str], bool] = lambda name: True,
@@ -92,7 +93,7 @@ def train_flops_per_token(
 
 
 def linear_train_flops_per_token(
-    config: DecoderConfig, *, is_trainable: Callable[[str], bool] = lambda name: True
+    config: Sizes, *, is_trainable: Callable[[str], bool] = lambda name: True
 ) -> int:
     """Return the operations of all weight products for one trained token.
 
@@ -109,7 +110,7 @@ def linear_train_flops_per_token(
 
 
 def attention_train_flops(
-    config: DecoderConfig,
+    config: Sizes,
     squared_document_tokens: float,
     *,
     longest_tokens: int,

@@ -12,6 +12,8 @@ Role = Literal[
     "vocab_rows_whole",  # the same, tokens leave whole (features are merged into them)
     "columns",  # linear split over its outputs
     "rows",  # linear split over its inputs; the partial results are summed
+    "columns_whole",  # the same as columns, but the results leave whole
+    "rows_whole",  # the same as rows, but the inputs arrive whole
     "per_token",  # small and replicated, each token alone (norms)
     "per_head",  # norm over the channels of local heads
     "across_columns",  # norm over columns that ranks share, replicated

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from models.plan import ModelPlan
 
 if TYPE_CHECKING:
-    from models.decoder import DecoderConfig, DecoderLM
     from models.weights import KeyMap
 
 FAMILIES = "models.families"
@@ -27,28 +26,37 @@ class ModelFamily:
     """File name of the family, the value of `model.name`."""
 
     hf_model_types: tuple[str, ...]
-    """Values of `model_type` in a Hugging Face config.json that this family builds."""
+    """Values of `model_type` in a Hugging Face config.json that this family builds; empty: any, but
+    only for a run that names the family."""
 
-    flavors: Mapping[str, "DecoderConfig"]
-    """Named sizes, the values of `model.flavor`."""
+    flavors: Mapping[str, Any]
+    """Named sizes, the values of `model.flavor`: records of the family's own, as `ModelSizes`."""
 
-    config_from_hf: Callable[[Mapping[str, object]], "DecoderConfig"]
+    config_from_hf: Callable[[Mapping[str, object]], Any]
     """Read a config.json; ValueError for what the family cannot reproduce."""
 
-    config_to_hf: Callable[["DecoderConfig"], dict[str, object]]
+    config_to_hf: Callable[[Any], dict[str, object]]
     """Write a complete config.json, without the dtype of the weights."""
 
-    build: Callable[["DecoderConfig"], "DecoderLM"]
+    build: Callable[[Any], Any]
     """Make the model on the current default device, parameters not initialised."""
 
-    plan: Callable[["DecoderConfig"], ModelPlan]
+    plan: Callable[[Any], ModelPlan]
     """Describe the model to the parallelisms."""
 
-    key_map: Callable[["DecoderConfig"], "KeyMap"]
+    key_map: Callable[[Any], "KeyMap"]
     """Translate parameter names to and from a Hugging Face checkpoint."""
 
-    def flavor(self, name: str) -> "DecoderConfig":
+    initial_values: Callable[..., Callable[..., Any]] | None = None
+    """Takes the place of the function of that name in `models/initialise.py`."""
+
+    def flavor(self, name: str) -> Any:
         """Return the named size; ValueError lists the sizes there are."""
+        if not self.flavors:
+            raise ValueError(
+                f"model.name = {self.name!r} has no sizes of its own; set model.hf_assets_path to "
+                "a Hugging Face folder with a config.json"
+            )
         if name in self.flavors:
             return self.flavors[name]
         raise ValueError(
@@ -98,15 +106,21 @@ def load_family(name: str) -> ModelFamily:
     return load_member(FAMILIES, name, "FAMILY")
 
 
-def family_for_hf(hf_config: Mapping[str, object]) -> ModelFamily:
-    """Return the family that builds the model of a Hugging Face config.json."""
+def family_for_hf(hf_config: Mapping[str, object], *, or_any: bool = False) -> ModelFamily:
+    """Return the family that builds the model of a Hugging Face config.json.
+
+    With `or_any` that is the one that builds any for types that no other builds; else ValueError.
+    """
     model_type = hf_config.get("model_type")
     families = [load_family(name) for name in member_names(FAMILIES)]
     for family in families:
         if model_type in family.hf_model_types:
             return family
+    if or_any:
+        return next(family for family in families if not family.hf_model_types)
     known = sorted(t for family in families for t in family.hf_model_types)
     raise ValueError(
         f"config.json has model_type = {model_type!r}, which no file of models/families builds; "
-        f"use a model of type {', '.join(known)}"
+        f"use a model of type {', '.join(known)}, or train transformers' own module of this type "
+        "with model.name = 'hf'"
     )

@@ -1,8 +1,8 @@
 """How parameters are named and joined in a Hugging Face checkpoint."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 Shape = tuple[int, ...]
 
@@ -35,6 +35,17 @@ class KeyMap:
 
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     """Stored name of a tensor that holds several of ours, one below the other, and their names."""
+
+    optional_prefix: str = ""
+    """What the names in a checkpoint may lack, as in files that a model without its head wrote."""
+
+    def of_files(self, stored: Collection[str], names: Iterable[str]) -> "KeyMap":
+        """Return the map of our `names` to a checkpoint that holds `stored`, with or without it."""
+        prefix = self.optional_prefix
+        if not prefix or any(name.startswith(prefix) for name in stored):
+            return self
+        bare = {n.removeprefix(prefix): (n,) for n in names if n.startswith(prefix)}
+        return replace(self, joined={**self.joined, **bare})
 
     def to_hf(self, name: str) -> str | None:
         """Return the name of the stored tensor that holds our parameter; None if none does."""

@@ -49,7 +49,8 @@ def parallelize(
     """
     check(parallel, activation_checkpoint, compile, dims)
     resolved = resolve(model, plan, dims)
-    model.to(precision.master_dtype)
+    for parameter in model.parameters():  # buffers, such as frequencies of angles, stay exact
+        parameter.data = parameter.data.to(precision.master_dtype)
     trainable = trainable_names(model, frozen, resolved.blocks)
     if dims.tp > 1:
         apply_tensor(

@@ -14,11 +14,16 @@ Draw = Callable[[str, tuple[slice, ...]], Tensor]
 def materialise(model: nn.Module, device: torch.device | str) -> None:
     """Give the parameters memory on `device`, with undefined values; ties stay ties.
 
-    With CPU offload the device is the CPU.
+    Buffers, which a model must hold in memory, are copied there. With CPU offload the device is
+    the CPU.
     """
-    assert not list(model.buffers()), "models keep no buffers: they would hold undefined values"
+    buffers = dict(model.named_buffers())
+    assert not any(b.is_meta for b in buffers.values()), "they would hold undefined values"
     ties = tied_names(model)
     model.to_empty(device=torch.device(device))
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, buffer.to(device))
     for owner, *others in ties:
         for other in others:
             tie(model, owner, other)

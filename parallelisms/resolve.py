@@ -21,6 +21,8 @@ SPLIT_DIM: Mapping[Role, int] = {
     "vocab_rows_whole": 0,
     "columns": 0,
     "rows": 1,
+    "columns_whole": 0,
+    "rows_whole": 1,
     "vocab_columns": 0,
 }
 """Which dim of a weight tensor parallelism splits; roles not listed replicate it."""
@@ -176,7 +178,7 @@ def _check_sizes(model: nn.Module, roles: Mapping[str, Role], tp: int) -> None:
         weight = getattr(module, "weight", None)
         if role.startswith("vocab") and weight is not None:
             _check_vocabulary(name, weight.shape[0], tp)
-        if role not in ("columns", "rows") or not isinstance(module, nn.Linear):
+        if role not in SPLIT_DIM or role.startswith("vocab") or not isinstance(module, nn.Linear):
             continue
         size, unit = module.weight.shape[SPLIT_DIM[role]], "channels"
         head_dim = getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", None)

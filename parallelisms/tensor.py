@@ -127,6 +127,8 @@ def styles(*, sequence_parallel: bool, loss_parallel: bool) -> dict[Role, Parall
         "vocab_rows_whole": RowwiseParallel(input_layouts=Replicate()),
         "columns": ColwiseParallel(),
         "rows": RowwiseParallel(output_layouts=tokens),
+        "columns_whole": ColwiseParallel(output_layouts=Replicate()),
+        "rows_whole": RowwiseParallel(input_layouts=Replicate(), output_layouts=tokens),
         "per_token": per_token,
         "across_columns": AcrossColumns(),
         "per_head": SequenceParallel(sequence_dim=2, use_local_output=True),

@@ -3,7 +3,8 @@
     python scripts/generate.py --model outputs/hf --prompt "def "
     python scripts/generate.py --model outputs/sft/hf --chat --prompt "What does os.walk do?"
 
-It runs the engine's own model with a cache of keys and values, on a GPU where there is one.
+It runs the engine's own model with a cache of keys and values, or transformers' model where the
+engine has none of the type, on a GPU where there is one.
 """
 
 import argparse
@@ -20,8 +21,10 @@ from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.hf_io import read_generation_config, read_hf_config
 from engine.hf_weights import load_into
 from models.decoder import DecoderLM
+from models.decoder_config import DecoderConfig
 from models.generate import check_sampling, generate
-from models.registry import family_for_hf
+from models.registry import ModelFamily, family_for_hf
+from models.wrapped import generate as wrapped
 from parallelisms.materialise import materialise
 
 DESCRIPTION = "Complete a text with a model in a Hugging Face folder."
@@ -32,17 +35,36 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Loaded:
     """A model with its tokenizer, ready to complete texts."""
 
-    model: DecoderLM
+    model: Any
+    """A `DecoderLM`, or a model of transformers."""
+
     tokenizer: Tokenizer
     eos_token_ids: tuple[int, ...]
+    longest_row: int | None
+    """Tokens that the model was made for, where that is known."""
+
+    def complete(
+        self, prompt: list[int], options: argparse.Namespace, device: torch.device
+    ) -> list[int]:
+        """Return the tokens that follow a prompt."""
+        how: dict[str, Any] = {
+            "max_new_tokens": options.max_new_tokens,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+            "eos_token_ids": self.eos_token_ids,
+        }
+        if not isinstance(self.model, DecoderLM):
+            return wrapped.generate(self.model, prompt, seed=options.seed, **how)
+        generator = torch.Generator(device).manual_seed(options.seed)
+        (tokens,) = generate(self.model, [prompt], generator=generator, **how)
+        return tokens
 
 
 def load(folder: Path, *, device: torch.device, dtype: str) -> Loaded:
     """Build the model that a folder's config.json describes and fill it from its weights."""
     hf_config = read_hf_config(folder)
-    family = family_for_hf(hf_config)
-    # It attends with sdpa, or eager where scores are capped: a cache asks for one query at a time,
-    # for which other backends would have to prepare.
+    family = family_for_hf(hf_config, or_any=True)
     config = family.config_from_hf(hf_config)
     if dtype == "auto":  # as stored; transformers 4 called the key torch_dtype
         dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
@@ -54,14 +76,31 @@ def load(folder: Path, *, device: torch.device, dtype: str) -> Loaded:
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model only "
             f"{config.vocab_size}; put the tokenizer of this model there"
         )
+    eos_token_ids = _end_tokens(
+        read_generation_config(folder).get("eos_token_id"),
+        hf_config.get("eos_token_id"),
+        tokenizer.eos_id,
+    )
+    return Loaded(
+        model=_load_model(folder, family, config, device=device, dtype=DTYPES[dtype]),
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids,
+        longest_row=config.max_position_embeddings,
+    )
+
+
+def _load_model(
+    folder: Path, family: ModelFamily, config: Any, *, device: torch.device, dtype: torch.dtype
+) -> Any:
+    if not isinstance(config, DecoderConfig):
+        return wrapped.load(folder, device=device, dtype=dtype)
+    # It attends with sdpa, or eager where scores are capped: a cache asks for one query at a time,
+    # for which other backends would have to prepare.
     with torch.device("meta"):
         model = family.build(config)
-    materialise(model.to(DTYPES[dtype]), device)
+    materialise(model.to(dtype), device)
     load_into(model, folder, family.key_map(config))
-    eos_token_ids = _end_tokens(
-        read_generation_config(folder).get("eos_token_id"), config.eos_token_id, tokenizer.eos_id
-    )
-    return Loaded(model=model.eval(), tokenizer=tokenizer, eos_token_ids=eos_token_ids)
+    return model.eval()
 
 
 def _end_tokens(*settings: Any) -> tuple[int, ...]:
@@ -125,21 +164,12 @@ def main(arguments: list[str]) -> None:
     prompt = encode_prompt(loaded.tokenizer, options.prompt, is_chat=options.chat)
     if not prompt:
         raise ValueError("--prompt is empty and the tokenizer adds nothing; give some text")
-    limit = loaded.model.config.max_position_embeddings
-    if len(prompt) + options.max_new_tokens > limit:
+    limit = loaded.longest_row
+    if limit is not None and len(prompt) + options.max_new_tokens > limit:
         print(f"note: the model was made for {limit} tokens, this is longer", file=sys.stderr)
 
     started = time.perf_counter()
-    (tokens,) = generate(
-        loaded.model,
-        [prompt],
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        eos_token_ids=loaded.eos_token_ids,
-        generator=torch.Generator(device).manual_seed(options.seed),
-    )
+    tokens = loaded.complete(prompt, options, device)
     seconds = time.perf_counter() - started
     print(loaded.tokenizer.decode(tokens if options.chat else prompt + tokens))
     rate = len(tokens) / seconds

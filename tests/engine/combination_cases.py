@@ -1,7 +1,11 @@
-"""What a case of the table of combinations is, and the cases of batches under a budget."""
+"""What a case of the table of combinations is, and the cases of budgets and of models' limits."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from models.decoder_config import DecoderConfig
+from models.registry import load_family
+from models.sizes import Feature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,75 @@ BUDGET_CASES = {
     ),
     "budget_for_dummy_tokens": Case(
         refused=f"{BUDGET} training.dataset=dummy", allowed="training.dataset=dummy"
+    ),
+}
+"""By rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitedSizes(DecoderConfig):
+    """The debugmodel, if it could not do one thing."""
+
+    lacks: Feature | None = None
+    attention_backends: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
+    longest_row: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def refusal(self, feature: Feature) -> str | None:
+        return "it was not made for this" if feature == self.lacks else None
+
+
+def limited(**limits: Any) -> dict[str, Any]:
+    sizes = load_family("llama3").flavor("debugmodel")
+    known = {f.name: getattr(sizes, f.name) for f in fields(sizes)}
+    return {"decoder": LimitedSizes(**known, **limits)}
+
+
+TP2 = "parallelism.tensor_parallel_degree=2"
+MODEL_CASES = {
+    "tensor_parallel_of_a_model_without_it": Case(
+        refused=TP2, allowed=TP2, world_size=2, facts=limited(lacks="tensor_parallel")
+    ),
+    "sequence_parallel_of_a_model_without_it": Case(
+        refused=TP2,
+        allowed=f"{TP2} parallelism.no_sequence_parallel",
+        world_size=2,
+        facts=limited(lacks="sequence_parallel"),
+        allowed_facts=limited(lacks="sequence_parallel"),
+    ),
+    "context_parallel_of_a_model_without_it": Case(
+        refused="parallelism.context_parallel_degree=2",
+        allowed="parallelism.context_parallel_degree=2",
+        world_size=2,
+        facts=limited(lacks="context_parallel"),
+    ),
+    "packed_documents_of_a_model_without_it": Case(
+        refused="",
+        allowed="data.packing=none",
+        facts=limited(lacks="packed_documents"),
+        allowed_facts=limited(lacks="packed_documents"),
+    ),
+    "embedding_noise_of_a_model_without_it": Case(
+        refused="training.neftune_noise_alpha=5.0",
+        allowed="training.neftune_noise_alpha=5.0",
+        facts=limited(lacks="embedding_noise"),
+    ),
+    "liger_kernels_of_a_model_without_it": Case(
+        refused="model.kernels=liger",
+        allowed="model.kernels=torch",
+        facts=limited(lacks="liger_kernels") | {"device_type": "cuda", "num_gpus": 8},
+        allowed_facts=limited(lacks="liger_kernels") | {"device_type": "cuda", "num_gpus": 8},
+    ),
+    "attention_backend_that_the_model_does_not_have": Case(
+        refused="model.attention=eager",
+        allowed="model.attention=sdpa",
+        facts=limited(attention_backends=("sdpa",)),
+        allowed_facts=limited(attention_backends=("sdpa",)),
+    ),
+    "rows_longer_than_the_model_has_positions": Case(
+        refused="training.seq_len=2049",
+        allowed="training.seq_len=2041",
+        facts=limited(longest_row=2048),
+        allowed_facts=limited(longest_row=2048),
     ),
 }
 """By rule."""

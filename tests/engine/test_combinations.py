@@ -14,7 +14,7 @@ from engine.rules import Facts, gather_facts
 from engine.schema import leaves
 from models.layers.rope import RopeConfig
 from parallelisms.mesh import ParallelConfig, ParallelDims
-from tests.engine.combination_cases import BUDGET_CASES, Case
+from tests.engine.combination_cases import BUDGET_CASES, MODEL_CASES, Case
 
 TP2 = "parallelism.tensor_parallel_degree=2"
 ASYNC_TP = f"{TP2} parallelism.enable_async_tensor_parallel"
@@ -57,6 +57,7 @@ CASES = {
         world_size=4,
     ),
     **BUDGET_CASES,
+    **MODEL_CASES,
     "heads_that_ulysses_does_not_divide": Case(
         refused=f"{TP2} parallelism.context_parallel_degree=8 {ULYSSES}",
         allowed=f"{TP2} {CP4} {ULYSSES}",
@@ -275,7 +276,8 @@ def _facts(options: str, world_size: int, changes: dict[str, Any]) -> Facts:
     others = {k: v for k, v in changes.items() if k in Facts.__dataclass_fields__}
     sizes = {k: v for k, v in changes.items() if k not in others}
     machine: dict[str, Any] = {"missing": frozenset(), "num_gpus": 0, "num_local_ranks": 1}
-    return replace(known, decoder=replace(known.decoder, **sizes), **machine | others)
+    decoder: Any = others.pop("decoder", known.decoder)
+    return replace(known, decoder=replace(decoder, **sizes), **machine | others)
 
 
 def test_the_table_has_at_least_thirty_rows_and_each_is_driven():

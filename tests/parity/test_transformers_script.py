@@ -100,10 +100,10 @@ def test_asking_for_a_gpu_where_there_is_none_is_refused(folder, capsys):
 
 
 def test_a_folder_of_another_architecture_is_refused(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     code, _, error = run(capsys, "--model", str(tmp_path), "--prompt", "x")
     assert code == 2
-    assert "model_type = 'gpt2'" in error
+    assert "model_type = 't5'" in error
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys):
