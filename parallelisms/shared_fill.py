@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from parallelisms.collectives import shard_range
+from parallelisms.collectives import gather, shard_range
 from parallelisms.materialise import Draw, local_slices
 
 BYTES_AT_ONCE = 1 << 26
@@ -86,9 +86,7 @@ class _Sharers:
         if self.columns is not None:
             part = _swap_columns(part, self.mesh.get_group(self.columns))
         for axis in reversed(self.replicas):
-            gathered = part.new_empty(self.mesh.size(axis) * part.shape[0], *part.shape[1:])
-            dist.all_gather_into_tensor(gathered, part, group=self.mesh.get_group(axis))
-            part = gathered
+            part = gather(part, 0, self.mesh.get_group(axis))
         return part
 
 
