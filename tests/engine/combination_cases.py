@@ -56,8 +56,8 @@ class LimitedSizes(DecoderConfig):
     """The debugmodel, if it could not do one thing."""
 
     lacks: Feature | None = None
-    attention_backends: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
-    longest_row: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    attention_backends: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
+    longest_row: int | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def refusal(self, feature: Feature) -> str | None:
         return "it was not made for this" if feature == self.lacks else None
