@@ -24,6 +24,7 @@ from engine.combinations import check_combinations
 from engine.config import JobConfig
 from engine.data.batch import Batch
 from engine.data.chat_templates import template_text
+from engine.data.config import CHAT_FORMATS
 from engine.data.loader import validation_batches
 from engine.data.mixture import MixedRows, numbered
 from engine.data.rows import RowSource
@@ -250,7 +251,7 @@ def _generation_config(
     folder = config.model.hf_assets_path
     found = read_generation_config(Path(folder)) if folder else {}
     trained = config.data.read(config.training.dataset)
-    if not any(dataset != "dummy" and form == "chat" for dataset, form in trained):
+    if not any(dataset != "dummy" and form in CHAT_FORMATS for dataset, form in trained):
         return found
     from engine.data.chat_template import ChatTemplate  # slow to import, and only for chats
 
