@@ -1,4 +1,4 @@
-"""What a case of the table of combinations is, and the cases of batches under a budget."""
+"""What a case of the table of combinations is, and the cases of budgets and of preferences."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +42,32 @@ BUDGET_CASES = {
     ),
     "budget_for_dummy_tokens": Case(
         refused=f"{BUDGET} training.dataset=dummy", allowed="training.dataset=dummy"
+    ),
+}
+"""By rule."""
+
+UNCUT = "data.packing=best_fit data.long_document=drop"
+PAIRS = f"data.format=preference {UNCUT}"
+
+PREFERENCE_CASES = {
+    "pairs_wanted_and_not_read": Case(
+        refused=f"objective.name=dpo data.format=unpaired_preference {UNCUT}",
+        allowed=f"objective.name=dpo {PAIRS}",
+    ),
+    "labelled_answers_wanted_and_not_read": Case(
+        refused=f"objective.name=kto {PAIRS}",
+        allowed=f"objective.name=kto data.format=unpaired_preference {UNCUT}",
+    ),
+    "preferences_read_as_text": Case(
+        refused=PAIRS, allowed=f"objective.name=tests.engine.own_parts {PAIRS}"
+    ),
+    "preferences_among_dummy_tokens": Case(
+        refused=f"objective.name=orpo {PAIRS} training.dataset=dummy",
+        allowed=f"objective.name=orpo {PAIRS} validation.dataset=dummy",
+    ),
+    "reference_that_does_not_exist": Case(
+        refused=f"objective.name=dpo {PAIRS} objective.reference_path=/no/such/folder",
+        allowed=f"objective.name=dpo {PAIRS} objective.reference_path=.",
     ),
 }
 """By rule."""
