@@ -155,6 +155,8 @@ class OfWholeSequences:
     """Nonlinear in a sequence's total, as preferences are; and a term that is not."""
 
     coefficients: Mapping[str, float] = {"squared": 1.0, "nll": 0.5}
+    metrics: Mapping[str, str] = {}
+    uses_reference = False
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"squared": torch.ones(len(batch.rows_B)), **Pretrain().counts(batch)}
