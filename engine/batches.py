@@ -17,6 +17,7 @@ from engine.data.rows import RowSource, TokenRows
 from engine.data.sources import open_rows, stream_rows
 from engine.data.stdlib import Split
 from engine.data.tokenizer import Tokenizer
+from engine.objectives import PAIRED, UNPAIRED
 from engine.step import SourceReport
 
 log = logging.getLogger("tessera")
@@ -117,6 +118,18 @@ def token_rows(opened: Sequence[RowSource]) -> list[TokenRows]:
         one for rows in opened for one in (rows.sources if isinstance(rows, MixedRows) else [rows])
     ]
     return [rows for rows in single if isinstance(rows, TokenRows)]
+
+
+def check_pairs(config: JobConfig, read: Sequence[RowSource]) -> None:
+    """Refuse rows without pairs, as a format of one's own may make them, for what compares them."""
+    name = config.objective.name
+    for rows in token_rows(read):
+        if name in PAIRED | UNPAIRED and rows.file.pairs is None:
+            raise ValueError(
+                f"objective.name = {name!r}: the rows of {rows.source_names[0]} have no pairs of "
+                f"answers; let data.format = {config.data.format!r} give each Document its `pair`, "
+                "or use data.format = 'preference' or 'unpaired_preference'"
+            )
 
 
 def agree_on_data(tokenizer: Tokenizer, read: Sequence[RowSource]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from engine.batches import (
     agree_on_data,
+    check_pairs,
     first_counters,
     log_dealing,
     open_training_batches,
@@ -92,7 +93,9 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     if not config.validation.only:
         rows = open_training_rows(config, tokenizer, batch_degree=dims.batch_degree)
     held_out = open_validation_sources(config, tokenizer)
-    agree_on_data(tokenizer, [*([rows] if rows else []), *held_out])
+    read = [*([rows] if rows else []), *held_out]
+    check_pairs(config, read)
+    agree_on_data(tokenizer, read)
     _log_work(config, dims, architecture)
 
     model = architecture.build_meta()
@@ -120,7 +123,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     )
     _fill_weights(config, architecture, checkpointer, state)
     policy = Policy(config, dims, world.device, architecture, checkpointer)
-    reference = open_reference(policy, objective, [*([rows] if rows else []), *held_out])
+    reference = open_reference(policy, objective, read)
     meter = _build_meter(config, world, architecture, state)
     stalls = _build_stall_watch(config, world)
     return Run(

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 from engine.data.config import PREFERENCE_FORMATS
+from engine.hf_io import CONFIG_NAME, read_hf_config
 from engine.objectives import PAIRED, UNPAIRED, WITH_REFERENCE
 from engine.rules import Facts, Rule
+from models.registry import family_for_hf
+
+SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
 def formats_read(facts: Facts) -> set[str]:
@@ -34,6 +38,20 @@ def datasets_read(facts: Facts) -> set[str]:
 def has_no_preferences(facts: Facts, form: str) -> bool:
     """Whether a source is of ours and of another format than `form`."""
     return any("." not in found and found != form for found in formats_read(facts))
+
+
+def reference_differs(facts: Facts) -> bool:
+    """Whether `objective.reference_path` has a config.json with other sizes than the policy."""
+    folder = Path(facts.config.objective.reference_path).expanduser()
+    is_named = bool(facts.config.objective.reference_path) and facts.is_here
+    if facts.decoder is None or not is_named or not (folder / CONFIG_NAME).is_file():
+        return False
+    try:
+        hf_config = read_hf_config(folder)
+        theirs = family_for_hf(hf_config).config_from_hf(hf_config)
+    except ValueError:  # another kind of model
+        return True
+    return any(getattr(theirs, name) != getattr(facts.decoder, name) for name in SIZES)
 
 
 PREFERENCE_RULES = (
@@ -85,5 +103,15 @@ PREFERENCE_RULES = (
             "give a Hugging Face folder, a checkpoint step or a folder of steps, or leave it out "
             "to compare with what the run starts from"
         ),
+    ),
+    Rule(
+        id="reference_of_another_model",
+        keys=("objective.reference_path", "model.flavor", "model.hf_assets_path"),
+        applies=lambda f: f.config.objective.name in WITH_REFERENCE and reference_differs(f),
+        reason=(
+            "the folder's config.json is of another model: the policy has a vocabulary of "
+            "{f.decoder.vocab_size}, width {f.decoder.hidden_size}, {f.decoder.num_layers} blocks"
+        ),
+        remedy="give a reference of the policy's family, sizes and vocabulary",
     ),
 )

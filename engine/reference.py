@@ -27,7 +27,7 @@ from engine.data.batch import Batch
 from engine.data.cache import build_once, cache_root, digest_of, file_digest, is_complete
 from engine.data.loader import DataloaderConfig, validation_batches
 from engine.data.rows import RowSource, TokenRows
-from engine.hf_io import CONFIG_NAME, read_hf_config
+from engine.hf_io import CONFIG_NAME
 from engine.model import Architecture
 from engine.objectives import Objective
 from engine.objectives import SequenceSum as SumOfSequence
@@ -180,27 +180,11 @@ def reference_source(policy: Policy) -> Source | None:
         folder, in_hf = path, (Path(path).expanduser() / CONFIG_NAME).is_file()
     if not folder:
         return None
-    if path and in_hf:
-        _check_sizes(path, policy.architecture)
     ranks = RankGroup()
     try:
         return initial_source(Path(folder).expanduser(), ranks, in_hf=in_hf, only_model=True)
     finally:
         ranks.close()
-
-
-def _check_sizes(path: str, architecture: Architecture) -> None:
-    """Refuse a reference of another architecture, whose tokens or layout would not be ours."""
-    family, sizes = architecture.family, architecture.config
-    found = family.config_from_hf(read_hf_config(Path(path).expanduser()))
-    theirs, ours = family.config_to_hf(found), family.config_to_hf(sizes)
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if theirs.get(key) != ours.get(key):
-            raise ValueError(
-                f"objective.reference_path = {path!r} holds a model with {key} = "
-                f"{theirs.get(key)}, and the policy has {ours.get(key)}; give a model of the same "
-                "family, sizes and vocabulary"
-            )
 
 
 def weights_digest(source: Source | None, facts: Mapping[str, Any], root: Path) -> str:

@@ -15,11 +15,12 @@ from engine.data.loader import FILLER, DataloaderConfig, Dealing
 from engine.health import NonFinitePolicy
 from engine.neftune import EmbeddingNoise
 from engine.objectives import Objective, combine
+from engine.objectives import SequenceSum as SumOfSequence
 from parallelisms.collectives import SequenceSum, clip_gradients, sum_over
 from parallelisms.context import split_tokens
 from parallelisms.mesh import ParallelDims
 
-Reference = Callable[[Batch, SequenceSum], Batch]
+Reference = Callable[[Batch, SumOfSequence], Batch]
 """Gives this rank's part of a microbatch the log-probabilities of a reference model."""
 
 PER_TOKEN = ("tokens_BT", "labels_BT", "positions_BT", "documents_BT")

@@ -46,6 +46,7 @@ BUDGET_CASES = {
 }
 """By rule."""
 
+ANOTHER = "scripts/bench/llama_1b_untied"
 UNCUT = "data.packing=best_fit data.long_document=drop"
 PAIRS = f"data.format=preference {UNCUT}"
 
@@ -68,6 +69,10 @@ PREFERENCE_CASES = {
     "reference_that_does_not_exist": Case(
         refused=f"objective.name=dpo {PAIRS} objective.reference_path=/no/such/folder",
         allowed=f"objective.name=dpo {PAIRS} objective.reference_path=.",
+    ),
+    "reference_of_another_model": Case(
+        refused=f"objective.name=dpo {PAIRS} objective.reference_path={ANOTHER}",
+        allowed=f"objective.name=orpo {PAIRS}",
     ),
 }
 """By rule."""

@@ -88,3 +88,17 @@ def test_a_reference_asked_once_gives_the_run_of_one_asked_in_every_step(
         assert [found[n] for n in told] == pytest.approx([expected[n] for n in told], rel=1e-5)
     run(tmp_path, "other_seed", *asked_once, "--debug.seed=5", "--training.steps=1")
     assert len(built) == 3, "other values are asked anew"
+    own = "--data.format=tests.engine.own_parts"
+    with pytest.raises(ValueError, match=r"have no pairs of answers; let data\.format"):
+        run(tmp_path, "own", own, "--data.text_field=prompt", "--validation.no_enable")
+
+
+def test_a_reference_of_another_vocabulary_is_refused_before_anything_is_built(tmp_path: Path):
+    tiny_folder(tmp_path / "hf")
+    found = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "other").mkdir()
+    text = json.dumps({**found, "vocab_size": found["vocab_size"] + 1})
+    (tmp_path / "other" / "config.json").write_text(text)
+    write(tmp_path / "pairs.jsonl", range(3))
+    with pytest.raises(ValueError, match=r"reference_path = .*other.*vocabulary of 64"):
+        run(tmp_path, "run", f"--objective.reference_path={tmp_path / 'other'}")

@@ -151,12 +151,10 @@ def test_a_source_without_a_trained_token_has_no_loss_and_a_single_one_no_report
     assert among.sources["all"].tokens == RaggedRows().row(0).documents_T.count_nonzero()
 
 
-class OfWholeSequences:
+class OfWholeSequences(Pretrain):
     """Nonlinear in a sequence's total, as preferences are; and a term that is not."""
 
     coefficients: Mapping[str, float] = {"squared": 1.0, "nll": 0.5}
-    metrics: Mapping[str, str] = {}
-    uses_reference = False
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"squared": torch.ones(len(batch.rows_B)), **Pretrain().counts(batch)}

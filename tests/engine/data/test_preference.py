@@ -181,10 +181,10 @@ def test_batches_have_the_pairs_of_their_rows_and_fillers_have_none(
     rows.reference_logps = torch.arange(24.0).view(12, 2).numpy()
     counted = [len(rows.documents(index)) for index in range(rows.rows_per_epoch)]
     assert len(set(counted)) > 1, "rows hold unequally many pairs"
-    dealt = {"local_batch_size": 2, "start_row": 0, "dataloader": DataloaderConfig()}
-    step = {"global_batch_size": 3, "batch_degree": 2}
+    step = {"local_batch_size": 2, "global_batch_size": 3, "batch_degree": 2, "start_row": 0}
+    loader = DataloaderConfig()
     for rank in range(2):
-        batch = next(train_batches(rows, batch_rank=rank, **dealt, **step))
+        batch = next(train_batches(rows, batch_rank=rank, dataloader=loader, **step))
         numbers = batch.rows_B.tolist()
         wanted = [[1] * counted[n] if n >= 0 else [] for n in numbers]
         assert batch.desirable_BP is not None and batch.reference_logps_BP2 is not None
