@@ -8,14 +8,16 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 
+from engine.checkpoint_storage import RankGroup
 from engine.config import JobConfig
 from engine.data.batch import Batch
 from engine.data.loader import train_batches
-from engine.data.mixture import mix
+from engine.data.mixture import MixedRows, mix
 from engine.data.rows import RowSource, TokenRows
 from engine.data.sources import open_rows, stream_rows
 from engine.data.stdlib import Split
 from engine.data.tokenizer import Tokenizer
+from engine.objectives import PAIRED, UNPAIRED
 from engine.step import SourceReport
 
 log = logging.getLogger("tessera")
@@ -111,8 +113,36 @@ def open_sources(config: JobConfig, tokenizer: Tokenizer) -> list[RowSource]:
 
 
 def token_rows(opened: Sequence[RowSource]) -> list[TokenRows]:
-    """Return those that hold text; random tokens have nothing to report."""
-    return [rows for rows in opened if isinstance(rows, TokenRows)]
+    """Return those that hold text, also of a mixture; random tokens have nothing to report."""
+    single = [
+        one for rows in opened for one in (rows.sources if isinstance(rows, MixedRows) else [rows])
+    ]
+    return [rows for rows in single if isinstance(rows, TokenRows)]
+
+
+def check_pairs(config: JobConfig, read: Sequence[RowSource]) -> None:
+    """Refuse rows without pairs, as a format of one's own may make them, for what compares them."""
+    name = config.objective.name
+    for rows in token_rows(read):
+        if name in PAIRED | UNPAIRED and rows.file.pairs is None:
+            raise ValueError(
+                f"objective.name = {name!r}: the rows of {rows.source_names[0]} have no pairs of "
+                f"answers; let data.format = {config.data.format!r} give each Document its `pair`, "
+                "or use data.format = 'preference' or 'unpaired_preference'"
+            )
+
+
+def agree_on_data(tokenizer: Tokenizer, read: Sequence[RowSource]) -> None:
+    """Refuse ranks that read different text, as nodes with folders of their own may."""
+    group = RankGroup()
+    found = group.gather((tokenizer.fingerprint, *(rows.fingerprint for rows in read)))
+    group.close()
+    if others := [rank for rank, mine in enumerate(found) if mine != found[0]]:
+        raise ValueError(
+            f"training.dataset, data.sources, validation or model.hf_assets_path: ranks {others} "
+            "read other text or another tokenizer than rank 0; give all nodes the same files, "
+            "Python and tokenizers version"
+        )
 
 
 def _opener(

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from engine.batches import (
+    agree_on_data,
+    check_pairs,
     first_counters,
     log_dealing,
     open_training_batches,
@@ -18,12 +20,12 @@ from engine.batches import (
     open_validation_sources,
 )
 from engine.checkpoint import CheckpointConfig, Checkpointer, TrainingState
-from engine.checkpoint_storage import RankGroup
 from engine.cli import to_toml
 from engine.combinations import check_combinations
 from engine.config import JobConfig
 from engine.data.batch import Batch
 from engine.data.chat_templates import template_text
+from engine.data.config import CHAT_FORMATS
 from engine.data.loader import validation_batches
 from engine.data.mixture import MixedRows, numbered
 from engine.data.rows import RowSource
@@ -34,12 +36,14 @@ from engine.hf_io import HfAssets, read_generation_config
 from engine.metrics import Meter, StepCosts, device_peak_flops
 from engine.model import Architecture, resolve_architecture
 from engine.neftune import EmbeddingNoise
+from engine.objectives import Objective
 from engine.optim import build_optimizer
 from engine.provenance import checkpoint_files
+from engine.reference import Policy, open_reference
 from engine.rules import model_needs
 from engine.run_folder import RunFolder
 from engine.stalls import HOST_SYNCS_OF_A_STEP, StallWatch
-from engine.step import Trainer
+from engine.step import Reference, Trainer
 from models.flops import (
     attention_train_flops,
     linear_train_flops_per_token,
@@ -83,11 +87,14 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     architecture = resolve_architecture(config.model, model_needs(config, world.device.type))
     tokenizer = open_tokenizer(config)
     check_combinations(config, dims, architecture.config, tokenizer.vocab_size)
+    objective = load_member("engine.objectives", config.objective.name, "build")(config.objective)
     rows = None
     if not config.validation.only:
         rows = open_training_rows(config, tokenizer, batch_degree=dims.batch_degree)
     held_out = open_validation_sources(config, tokenizer)
-    _agree_on_data(tokenizer, [*([rows] if rows else []), *held_out])
+    read = [*([rows] if rows else []), *held_out]
+    check_pairs(config, read)
+    agree_on_data(tokenizer, read)
     _log_work(config, dims, architecture)
 
     model = architecture.build_meta()
@@ -114,13 +121,17 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
         config, dims, architecture, tokenizer, folder, state.data_fingerprint
     )
     _fill_weights(config, architecture, checkpointer, state)
+    policy = Policy(config, dims, world.device, architecture, checkpointer)
+    reference = open_reference(policy, objective, read)
     meter = _build_meter(config, world, architecture, state)
     stalls = _build_stall_watch(config, architecture, world)
     return Run(
         config=config,
         world=world,
         folder=folder,
-        trainer=_build_trainer(config, architecture, world, dims, rows, state, meter, stalls),
+        trainer=_build_trainer(
+            config, architecture, world, dims, rows, state, meter, stalls, objective, reference
+        ),
         state=state,
         checkpointer=checkpointer,
         meter=meter,
@@ -231,19 +242,6 @@ def _checkpoint_section(config: JobConfig) -> CheckpointConfig:
     return section
 
 
-def _agree_on_data(tokenizer: Tokenizer, read: Sequence[RowSource]) -> None:
-    """Refuse ranks that read different text, as nodes with folders of their own may."""
-    group = RankGroup()
-    found = group.gather((tokenizer.fingerprint, *(rows.fingerprint for rows in read)))
-    group.close()
-    if others := [rank for rank, mine in enumerate(found) if mine != found[0]]:
-        raise ValueError(
-            f"training.dataset, data.sources, validation or model.hf_assets_path: ranks {others} "
-            "read other text or another tokenizer than rank 0; give all nodes the same files, "
-            "Python and tokenizers version"
-        )
-
-
 def _generation_config(
     config: JobConfig, tokenizer: Tokenizer, hf_config: Mapping[str, object]
 ) -> Mapping[str, object]:
@@ -251,7 +249,7 @@ def _generation_config(
     folder = config.model.hf_assets_path
     found = read_generation_config(Path(folder)) if folder else {}
     trained = config.data.read(config.training.dataset)
-    if not any(dataset != "dummy" and form == "chat" for dataset, form in trained):
+    if not any(dataset != "dummy" and form in CHAT_FORMATS for dataset, form in trained):
         return found
     from engine.data.chat_template import ChatTemplate  # slow to import, and only for chats
 
@@ -333,6 +331,8 @@ def _build_trainer(
     state: TrainingState,
     meter: Meter,
     stalls: StallWatch,
+    objective: Objective,
+    reference: Reference | None,
 ) -> Trainer:
     training = config.training
     rows_per_step = microbatches = 0
@@ -351,7 +351,8 @@ def _build_trainer(
     return Trainer(
         model=state.model,
         optimizer=state.optimizer,
-        objective=load_member("engine.objectives", config.objective.name, "build")(),
+        objective=objective,
+        reference=reference,
         batches=_timed(batches, meter),
         nonfinite=NonFinitePolicy(training.on_nonfinite, gather=world.gather_texts),
         dims=dims,

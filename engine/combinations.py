@@ -14,6 +14,7 @@ from engine.checkpoint_rules import CHECKPOINT_RULES
 from engine.data.config import DATASETS_FROM_FILES
 from engine.layout_rules import BUDGET_RULES, CONTEXT_RULES, LAYOUT_RULES
 from engine.model_rules import MODEL_RULES
+from engine.preference_rules import PREFERENCE_RULES
 from engine.rules import Facts, Rule, gather_facts
 from engine.schema import raise_mistakes
 from engine.step import TrainingConfig
@@ -293,6 +294,7 @@ RULES: Sequence[Rule] = (
     *KERNEL_RULES,
     *PRECISION_RULES,
     *DATA_RULES,
+    *PREFERENCE_RULES,
     *CHECKPOINT_RULES,
     *EXTRAS_RULES,
     *titan.RULES,

@@ -7,11 +7,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from engine.data.batch import Batch
+from engine.data.batch import IGNORED_LABEL, Batch
 from engine.data.config import SourceConfig, check_names
 from engine.data.loader import DataloaderConfig
 from engine.objectives import Objective, combine
-from engine.step import added_up, local_tokens, model_inputs, sum_globally, sums_by_source
+from engine.step import (
+    Reference,
+    added_up,
+    known_ratios,
+    local_tokens,
+    model_inputs,
+    ratios,
+    sum_globally,
+    sums_by_source,
+)
 from parallelisms.collectives import SequenceSum
 from parallelisms.mesh import ParallelDims
 
@@ -70,6 +79,9 @@ class ValidationConfig:
             )
 
 
+SCORED = "scored tokens"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validation:
     """Result of one pass over the held-out rows; equal on every rank."""
@@ -83,6 +95,9 @@ class Validation:
     losses: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
     """Loss of each source by name where there are several; none where it has no scored token."""
 
+    metrics: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
+    """What the objective tells beside the loss."""
+
 
 @torch.no_grad()
 def evaluate(
@@ -92,11 +107,12 @@ def evaluate(
     dims: ParallelDims,
     device: torch.device,
     source_names: Sequence[str] = ("",),
+    reference: Reference | None = None,
 ) -> Validation:
-    """Return the token-weighted loss over all rows of `batches()`, and that of each source.
+    """Return the loss over all rows of `batches()` as one batch, and that of each source.
 
     Every rank must call this with the same number of batches. `source_names` are what their
-    `sources_B` count in.
+    `sources_B` count in. `reference` is asked for each batch, as in a step of training.
     """
     started = time.perf_counter()
     was_training = model.training
@@ -107,20 +123,30 @@ def evaluate(
     for on_host in batches():
         whole = on_host.to(device)
         batch = local_tokens(whole, dims)
+        if reference is not None:
+            batch = reference(batch, sequence_sum)
         logps_BT = model(batch.tokens_BT, **model_inputs(batch))
         row_sums = objective.sums(logps_BT, batch, sequence_sum)
         sums.append(sums_by_source(row_sums, batch, num_sources))
-        counts.append(sums_by_source(objective.counts(whole), whole, num_sources))
+        row_counts = {**objective.counts(whole), SCORED: scored_tokens(whole)}
+        counts.append(sums_by_source(row_counts, whole, num_sources))
     model.train(was_training)
     of_sources = sum_globally(sums, dims, "loss"), sum_globally(counts, dims, "batch")
     total_sums, total_counts = map(added_up, of_sources)
     loss = combine(total_sums, total_counts, objective.coefficients)
     losses = combine(*of_sources, objective.coefficients).tolist()
-    scored = torch.stack(list(of_sources[1].values())).sum(dim=0).tolist()
+    scored = of_sources[1][SCORED].tolist()
+    told = ratios(total_sums, total_counts, objective.metrics).tolist()
     found = [one if number else None for one, number in zip(losses, scored, strict=True)]
     return Validation(
         loss=float(loss),
         tokens=int(sum(scored)),
         seconds=time.perf_counter() - started,
         losses=dict(zip(source_names, found, strict=True)) if num_sources > 1 else {},
+        metrics=known_ratios(objective.metrics, told),
     )
+
+
+def scored_tokens(batch: Batch) -> Tensor:
+    """Count the labels of each row, (B,)."""
+    return (batch.labels_BT != IGNORED_LABEL).sum(dim=1)

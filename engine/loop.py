@@ -1,6 +1,8 @@
 """The life of a run: steps, and when to log, validate, save and stop."""
 
 import logging
+import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from engine.batches import count_step
@@ -175,11 +177,19 @@ def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
         grad_norm=report.grad_norm,
         lr=config.optimizer.lr * factor,
         extra={
+            **_told(report.metrics),
             **run.stalls.take(),
             "skipped_steps": run.trainer.nonfinite.num_skipped_steps,
             **_source_row(run, report),
         },
     )
+
+
+def _told(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the metrics of an objective; the perplexity is that of its NLL, not of its loss."""
+    if (nll := metrics.get("nll")) is None:
+        return dict(metrics)
+    return {"perplexity": math.exp(min(nll, 700.0)), **metrics}
 
 
 def _source_row(run: Run, report: StepReport) -> dict[str, float | None]:
@@ -197,7 +207,8 @@ def _source_row(run: Run, report: StepReport) -> dict[str, float | None]:
 
 def _validation_row(result: Validation) -> dict[str, float | None]:
     losses = {f"validation_loss/{name}": loss for name, loss in result.losses.items()}
-    return {"validation_loss": result.loss, **losses}
+    told = {f"validation_{name}": value for name, value in result.metrics.items()}
+    return {"validation_loss": result.loss, **losses, **told}
 
 
 def _should_validate(config: JobConfig, step: int) -> bool:
@@ -216,6 +227,7 @@ def _validate(run: Run) -> Validation:
         trainer.dims,
         trainer.device,
         run.validation_names,
+        trainer.reference,
     )
     log.info(
         "validation loss %.4f over %s tokens in %.1f s",

@@ -15,9 +15,13 @@ from engine.data.loader import FILLER, DataloaderConfig, Dealing
 from engine.health import NonFinitePolicy
 from engine.neftune import EmbeddingNoise
 from engine.objectives import Objective, combine
+from engine.objectives import SequenceSum as SumOfSequence
 from parallelisms.collectives import SequenceSum, clip_gradients, sum_over
 from parallelisms.context import split_tokens
 from parallelisms.mesh import ParallelDims
+
+Reference = Callable[[Batch, SumOfSequence], Batch]
+"""Gives this rank's part of a microbatch the log-probabilities of a reference model."""
 
 PER_TOKEN = ("tokens_BT", "labels_BT", "positions_BT", "documents_BT")
 """What of a batch has a value for each token."""
@@ -141,6 +145,10 @@ class Trainer:
     source_names: tuple[str, ...] = ("",)
     """What `Batch.sources_B` counts in."""
 
+    reference: Reference | None = None
+    """Asked for each microbatch; None where the objective needs none, or the rows bring its
+    answers."""
+
     noise: EmbeddingNoise | None = None
     """Draws what is added to the embeddings of each microbatch; None adds nothing."""
 
@@ -181,6 +189,9 @@ class StepReport:
 
     squared_document_tokens: int
     """Sum over documents of their squared length, for attention FLOPs."""
+
+    metrics: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
+    """What the objective tells beside the loss; none where nothing counts for it."""
 
     sources: Mapping[str, SourceReport] = field(default_factory=dict[str, SourceReport])
     """Each source by name where there are several; their tokens add up to `tokens`."""
@@ -236,6 +247,20 @@ def added_up(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.sum() for name, value in values.items()}
 
 
+def ratios(
+    sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], metrics: Mapping[str, str]
+) -> Tensor:
+    """Return each metric's global sum over its global count, (metrics,); NaN where that is 0."""
+    found = [sums[name] / counts[count] for name, count in metrics.items()]
+    return torch.stack(found) if found else next(iter(sums.values())).new_zeros(0)
+
+
+def known_ratios(metrics: Mapping[str, str], values: Sequence[float]) -> dict[str, float | None]:
+    """Return the metrics by name, none where nothing counts."""
+    pairs = zip(metrics, values, strict=True)
+    return {name: None if math.isnan(value) else value for name, value in pairs}
+
+
 def sum_globally(
     parts: Sequence[Mapping[str, Tensor]], dims: ParallelDims, axis: Literal["batch", "loss"]
 ) -> dict[str, Tensor]:
@@ -260,6 +285,8 @@ def accumulate_gradients(
     parts: list[dict[str, Tensor]] = []
     for whole in batches:
         batch = local_tokens(whole, trainer.dims)
+        if trainer.reference is not None:
+            batch = trainer.reference(batch, sequence_sum)
         noise = embedding_noise(whole, trainer.noise, trainer.dims)
         logps_BT = trainer.model(batch.tokens_BT, **model_inputs(batch), **noise)
         sums = trainer.objective.sums(logps_BT, batch, sequence_sum)
@@ -319,6 +346,7 @@ def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport
         "trained_tokens": counts["trained_tokens"],
         "squared_document_tokens": counts["squared_document_tokens"],
         "losses": combine(sums, counts, objective.coefficients),
+        "metrics": ratios(added_up(sums), totals, objective.metrics),
     }
     # The one host synchronisation of a step; `stalls.py` tells of any other. All values are
     # global: every rank takes one branch.
@@ -339,6 +367,7 @@ def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport
         tokens=int(sum(found["tokens"])),
         trained_tokens=int(sum(found["trained_tokens"])),
         squared_document_tokens=int(found["squared_document_tokens"][0]),
+        metrics=known_ratios(objective.metrics, found["metrics"]),
         sources=_reports_of_sources(names, found),
     )
 

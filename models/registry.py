@@ -73,9 +73,9 @@ def suggestion(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
 
 
 def member_names(package: str) -> tuple[str, ...]:
-    """Return the names of the modules in a package, sorted."""
+    """Return the names of the modules in a package, sorted, but those with `_` first."""
     found = iter_modules(import_module(package).__path__)
-    return tuple(sorted(module.name for module in found if not module.ispkg))
+    return tuple(sorted(m.name for m in found if not (m.ispkg or m.name.startswith("_"))))
 
 
 def load_member(package: str, name: str, attribute: str) -> Any:

@@ -33,6 +33,13 @@ class Row:
     source: int = 0
     """Number of the source that the row comes from, among those of the run."""
 
+    desirable_P: Tensor | None = None
+    """For rows of pairs: 1 where the first sequence of pair p is an answer that is wanted, else -1;
+    int64. Its sequences are the documents 2p + 1 and 2p + 2."""
+
+    reference_logps_P2: Tensor | None = None
+    """Log-probabilities of the answers of both under a reference model, fp32; None: not known."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
@@ -58,6 +65,12 @@ class Batch:
 
     squared_document_tokens: int
     """Sum over documents of their squared length in this microbatch, for attention FLOPs."""
+
+    desirable_BP: Tensor | None = None
+    """For rows of pairs: that of each row, and 0 where it has no pair p; P is at least 1."""
+
+    reference_logps_BP2: Tensor | None = None
+    """For rows of pairs: what a reference model gives their answers, summed over tokens."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on `device`, copied without blocking."""
@@ -97,6 +110,8 @@ def collate(
         sources_B=torch.tensor([row.source for row in rows]),
         one_document_per_row=one_document_per_row,
         squared_document_tokens=sum(int(length.square().sum()) for length in lengths),
+        desirable_BP=_stack_pairs([row.desirable_P for row in rows]),
+        reference_logps_BP2=_stack_pairs([row.reference_logps_P2 for row in rows]),
     )
 
 
@@ -113,6 +128,15 @@ def document_offsets(documents_BT: Tensor) -> Tensor:
     offsets = torch.full((size + 1,), documents_BT.numel(), dtype=torch.int32)
     offsets[: len(begins)] = begins
     return offsets
+
+
+def _stack_pairs(values_P: Sequence[Tensor | None]) -> Tensor | None:
+    """Stack what rows have for each pair, padded with 0; None where some row has no such thing."""
+    found = [value for value in values_P if value is not None]
+    if len(found) < len(values_P):
+        return None
+    stacked = pad_sequence(found, batch_first=True)
+    return stacked if stacked.shape[1] else F.pad(stacked.movedim(1, -1), (0, 1)).movedim(-1, 1)
 
 
 def _stack(values_T: Sequence[Tensor], value: int, *, pad_to_multiple: int) -> Tensor:

@@ -63,13 +63,13 @@ def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> Path:
     processes wait and say so; of a machine's ranks it is the first that builds, so that its output
     shows it. A folder whose files have lost their size is built again.
     """
-    if _is_complete(folder):
+    if is_complete(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _leave_to_first_rank(folder, what)
         with locked(folder.with_name(folder.name + ".lock"), what):
-            if not _is_complete(folder):
+            if not is_complete(folder):
                 _build(folder, what, build)
     except OSError as error:
         raise _unusable(folder.parent, error) from error
@@ -82,7 +82,7 @@ def _leave_to_first_rank(folder: Path, what: str) -> None:
         return
     log.info("the first rank of this machine is the one for %s", what)
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not _is_complete(folder) and time.monotonic() < deadline:
+    while not is_complete(folder) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
 
@@ -130,7 +130,8 @@ def _build(folder: Path, what: str, build: Callable[[Path], None]) -> None:
         raise
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
+    """Say whether `build_once` has filled a folder, and its files have their size."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())

@@ -9,7 +9,11 @@ from itertools import pairwise
 from typing import Literal
 
 DATASETS_FROM_FILES = frozenset({"text", "json", "jsonl", "parquet", "arrow"})
-BUILTIN_DATASETS = frozenset({"python_stdlib", "python_stdlib_chat", "dummy"})
+BUILTIN_DATASETS = frozenset(
+    {"python_stdlib", "python_stdlib_chat", "python_stdlib_preference", "dummy"}
+)
+PREFERENCE_FORMATS = frozenset({"preference", "unpaired_preference"})
+CHAT_FORMATS = PREFERENCE_FORMATS | {"chat"}
 
 CHAT_KEYS = {
     "chat_template": "",
@@ -192,7 +196,7 @@ class DataConfig:
     long_document: Literal["truncate", "drop", "split", "error"] = "truncate"
     """What happens under packing "best_fit" and "none" to a document longer than the row: cut it
     there, leave it out, cut it into several that do not see each other, or stop. Each is counted
-    in the log."""
+    in the log. Pairs of answers are never cut: they need "drop" or "error"."""
 
     batch_tokens: int = 0
     """Most tokens of one microbatch on one data-parallel rank under packing "none", padding
@@ -236,6 +240,7 @@ class DataConfig:
         check_names(self.sources, "data")
         self._check_shares()
         self._check_chat_keys()
+        self._check_preferences()
         self._check_streaming()
         self._check_batch_keys()
         others = ("last_row", "stride") if self.packing != "concat" else ("long_document",)
@@ -307,6 +312,28 @@ class DataConfig:
                 f"data.system_prompt_rate = {self.system_prompt_rate}; give a share from 0 to 1"
             )
 
+    def _check_preferences(self) -> None:
+        formats = {form for _, form in self.read("")}
+        if not (found := formats & PREFERENCE_FORMATS):
+            return
+        name = min(found)
+        if formats - found or len(found) > 1:
+            raise ValueError(
+                f"data.sources have the formats {', '.join(sorted(formats))}, and what is trained "
+                f"on {name!r} has no meaning for the others; use one format for all"
+            )
+        check_uncut(self, f"data.format = {name!r}")
+        if self.streaming:
+            raise ValueError(
+                f"data.streaming = true knows no pairs, and data.format = {name!r} makes them; "
+                "set data.streaming = false"
+            )
+        if self.train_on != "assistant":
+            raise ValueError(
+                f"data.train_on = {self.train_on!r} has no meaning with data.format = {name!r}, "
+                "which trains the last answer alone; remove it"
+            )
+
     def _check_batch_keys(self) -> None:
         if self.batch_tokens and self.packing != "none":
             raise ValueError(
@@ -325,3 +352,14 @@ class DataConfig:
                     f"data.{name} = {value!r} has no meaning with data.batch_tokens = 0; remove "
                     "it, or give the tokens of a batch"
                 )
+
+
+def check_uncut(config: DataConfig, what: str) -> None:
+    """Refuse settings that would cut a pair of answers; `what` is that which makes them."""
+    if config.packing == "concat" or config.long_document not in ("drop", "error"):
+        raise ValueError(
+            f"{what} makes pairs of answers, which must not be cut, while data.packing = "
+            f"{config.packing!r} and data.long_document = {config.long_document!r} cut what does "
+            "not fit; set data.packing = 'best_fit' or 'none', and data.long_document = 'drop' or "
+            "'error'"
+        )

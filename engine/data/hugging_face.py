@@ -111,7 +111,8 @@ def open_dataset(
     except Exception as error:  # the package raises its own, the hub's and the network's kinds
         raise ValueError(
             f"{key} = {name!r} is no dataset of ours (python_stdlib, dummy, text, jsonl, parquet, "
-            f"arrow, python_stdlib_chat) and the datasets package cannot open it: {error}"
+            f"arrow, python_stdlib_chat, python_stdlib_preference) and the datasets package "
+            f"cannot open it: {error}"
         ) from error
     if isinstance(loaded, datasets.Dataset | datasets.IterableDataset):
         return loaded

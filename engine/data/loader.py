@@ -308,4 +308,6 @@ def _filler(seq_len: int) -> Row:
         labels_T=torch.full((seq_len,), IGNORED_LABEL),
         positions_T=torch.arange(seq_len),
         documents_T=torch.full((seq_len,), PADDING_DOCUMENT),
+        desirable_P=torch.zeros(0, dtype=torch.int64),
+        reference_logps_P2=torch.zeros(0, 2),
     )

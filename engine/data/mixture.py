@@ -197,6 +197,11 @@ class MixedRows:
         own = self._order.num_rows(number, index)
         return replace(self._sources[number].row(own), source=number)
 
+    @property
+    def sources(self) -> Sequence[RowSource]:
+        """The rows of each source."""
+        return self._sources
+
     def warm(self, index: int) -> None:
         """Read a row of each source, so that processes forked later share the orders near a row."""
         for number, source in enumerate(self._sources):

@@ -7,12 +7,14 @@ from engine.data.config import SourceConfig
 from engine.data.readers import JsonLines, Reader, TextFiles, find_files
 from engine.data.stdlib import Split, stdlib_files
 from engine.data.stdlib_chats import stdlib_chats
+from engine.data.stdlib_pairs import stdlib_pairs
 
 log = logging.getLogger("tessera")
 
 BUILTIN_DATASET = "python_stdlib"
 BUILTIN_ALIASES = ("c4_test", "c4_validation")
 BUILTIN_CHATS = "python_stdlib_chat"
+BUILTIN_PAIRS = "python_stdlib_preference"
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".txt.gz", ".md.gz", ".py.gz")
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 FILE_SUFFIXES = {
@@ -38,7 +40,8 @@ def open_reader(
     """Return the reader of a dataset.
 
     `dataset` is `python_stdlib` (the built-in corpus, split by a hash of each file's path),
-    `python_stdlib_chat` (chats about it, written below the cache folder `root`), one of `text`,
+    `python_stdlib_chat` (chats about it, written below the cache folder `root`),
+    `python_stdlib_preference` (pairs of answers, likewise), one of `text`,
     `jsonl` (or `json`), `parquet` and `arrow`, whose `path` is a file, a folder or a pattern, or
     else a name or folder for the `datasets` package, which `path` overrides. Files serve whole for
     the split that names them. Of tables `only_text` reads the column `text_field` alone. `source`
@@ -49,6 +52,8 @@ def open_reader(
     column = text_field if only_text else None
     if dataset == BUILTIN_CHATS:
         return JsonLines([stdlib_chats(split, root)])
+    if dataset == BUILTIN_PAIRS:
+        return JsonLines([stdlib_pairs(split, root)])
     if dataset == BUILTIN_DATASET or (dataset in BUILTIN_ALIASES and not path):
         if dataset != BUILTIN_DATASET:
             log.info("%s = %r stands for %r", dataset_key, dataset, BUILTIN_DATASET)

@@ -5,6 +5,7 @@ of ranks. Dealing rows to ranks is `loader.py`'s, opening what a configuration n
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -106,7 +107,11 @@ class TokenRows:
         self._file = file
         self._packing = packing
         self.batches = packing if isinstance(packing, LengthBatches) else None
-        self.one_document_per_row = isinstance(packing, OneDocumentPacking | LengthBatches)
+        one_each = isinstance(packing, OneDocumentPacking | LengthBatches)
+        self.one_document_per_row = one_each and file.pairs is None
+        self.reference_logps: npt.NDArray[np.float32] | None = None
+        """Log-probabilities of the answers of each pair under a reference model, (documents, 2),
+        where they were prepared."""
         self.seq_len = seq_len
         self.rows_per_epoch = packing.rows_per_epoch
         self.tokens_per_epoch = packing.tokens_per_epoch
@@ -121,11 +126,19 @@ class TokenRows:
         """
         plan = self._packing.plan(*divmod(index, self.rows_per_epoch))
         held = sum(part.stop - part.start for part in plan.slices)
+        seq_len = held if self.batches else self.seq_len
+        if self._file.pairs is not None:
+            return self._row_of_pairs([one.document for one in plan.slices], seq_len)
         return assemble(
             [self._part(one) for one in plan.slices],
-            seq_len=held if self.batches else self.seq_len,
+            seq_len=seq_len,
             num_counted_labels=plan.num_counted_labels,
         )
+
+    def documents(self, index: int) -> list[int]:
+        """Return the documents of the file that a row holds, in order."""
+        plan = self._packing.plan(*divmod(index, self.rows_per_epoch))
+        return [one.document for one in plan.slices]
 
     @property
     def file(self) -> TokenFile:
@@ -136,6 +149,26 @@ class TokenRows:
     def packing(self) -> Packing:
         """Which of them a row holds."""
         return self._packing
+
+    def _row_of_pairs(self, pairs: list[int], seq_len: int) -> Row:
+        """Return a row of whole pairs: pair p is its documents 2p + 1 and 2p + 2."""
+        assert self._file.pairs is not None, "the rows are of pairs"
+        parts: list[Part] = []
+        for number in pairs:
+            first, past = self._file.offsets[number : number + 2]
+            border = int(first + self._file.pairs[number, 0])
+            for start, stop in ((first, border), (border, past)):
+                is_trained = self._file.is_trained
+                labels = None if is_trained is None else is_trained[start:stop]
+                parts.append(Part(stop - start, self._file.tokens[start:stop], labels))
+        logps = None
+        if self.reference_logps is not None:
+            logps = torch.from_numpy(self.reference_logps[pairs])
+        return replace(
+            assemble(parts, seq_len=seq_len),
+            desirable_P=torch.from_numpy(2 * self._file.pairs[pairs, 1] - 1),
+            reference_logps_P2=logps,
+        )
 
     def _part(self, one: Slice) -> Part:
         first, past = self._file.offsets[one.document : one.document + 2]

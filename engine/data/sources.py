@@ -5,7 +5,7 @@ import logging
 from engine.data.best_fit import BestFitPacking
 from engine.data.cache import cache_root, digest_of
 from engine.data.chat_templates import template_text
-from engine.data.config import DataConfig, SourceConfig
+from engine.data.config import DataConfig, SourceConfig, check_uncut
 from engine.data.length_batches import LengthBatches
 from engine.data.named_sources import open_reader
 from engine.data.packing import ConcatPacking, OneDocumentPacking, Packing
@@ -172,6 +172,8 @@ def _open_packing(
     num_largest_first: int,
 ) -> Packing:
     seed, shuffle = shuffle_seed or 0, shuffle_seed is not None
+    if file.pairs is not None:
+        check_uncut(config, f"{name}: its format")
     if config.stride > seq_len:
         raise ValueError(
             f"data.stride = {config.stride} is longer than a row of {seq_len} tokens, so text "
@@ -230,8 +232,10 @@ def _check_packing(
     remedy = (
         "give more text, lower training.seq_len, or set data.last_row = 'keep'"
         if config.packing == "concat"
-        else "raise training.seq_len, or set data.long_document = 'truncate' or 'split'"
+        else "raise training.seq_len"
     )
+    if config.packing != "concat" and file.pairs is None:
+        remedy += ", or set data.long_document = 'truncate' or 'split'"
     raise ValueError(
         f"{name}: its {len(file.tokens):,} tokens fill no row of {seq_len:,}; {remedy}"
     )

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from engine.data.cache import build_once, digest_of
 from engine.data.formats import Recipe, load_format, source_digest
 from engine.data.readers import Reader
-from engine.data.token_writer import MASK_NAME, Facts, Worker, write_tokens
+from engine.data.token_writer import MASK_NAME, PAIRS_NAME, Facts, Worker, write_tokens
 from engine.data.tokenizer import Tokenizer
 
 __all__ = ["Recipe", "TokenFile", "open_token_file"]
@@ -35,11 +35,15 @@ class TokenFile:
     offsets: npt.NDArray[np.int64]
 
     digest: str
-    """Digest of the tokens, the document borders and which tokens are labels."""
+    """Digest of the tokens, the borders of documents and pairs, and which tokens are labels."""
 
     is_trained: npt.NDArray[np.bool_] | None = None
     """For each token whether it is a label; None: all are. A document's first token never is one,
     whatever stands here."""
+
+    pairs: npt.NDArray[np.int64] | None = None
+    """Where documents are pairs of sequences: for each the tokens of the first, and 1 if that is an
+    answer that is wanted, else 0; (documents, 2)."""
 
     facts: Facts = field(default_factory=Facts)
     folder: Path | None = None
@@ -100,6 +104,9 @@ def open_token_file(
             np.memmap(folder / MASK_NAME, dtype=np.bool_, mode="r")
             if (folder / MASK_NAME).is_file()
             else None
+        ),
+        pairs=(
+            np.load(folder / PAIRS_NAME, mmap_mode="r") if (folder / PAIRS_NAME).is_file() else None
         ),
         facts=Facts(**stored["facts"]),
         folder=folder,

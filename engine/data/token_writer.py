@@ -31,6 +31,7 @@ from engine.data.readers import NUM_EXAMPLES, BadRecords, Piece, Place, Reader, 
 from engine.data.tokenizer import Tokenizer
 
 MASK_NAME = "is_trained.bin"
+PAIRS_NAME = "pairs.npy"
 PIECES_AHEAD = 4
 BATCH_CHARACTERS = 4 << 20
 PR_SET_PDEATHSIG = 1
@@ -66,6 +67,7 @@ class _Encoded:
     tokens: npt.NDArray[np.unsignedinteger]
     lengths: npt.NDArray[np.int64]
     is_trained: npt.NDArray[np.bool_] | None
+    pairs: npt.NDArray[np.int64] | None
     num_empty: int
     num_untrained: int
     num_bad: int
@@ -120,6 +122,7 @@ class Worker:
             tokens=tokens,
             lengths=lengths,
             is_trained=_mask(documents),
+            pairs=_pairs(documents),
             num_empty=len(found) - len(with_text),
             num_untrained=len(with_text) - len(documents),
             num_bad=num_bad,
@@ -167,6 +170,15 @@ def _mask(documents: list[Document]) -> npt.NDArray[np.bool_] | None:
     )
 
 
+def _pairs(documents: list[Document]) -> npt.NDArray[np.int64] | None:
+    """Return ids of the first sequence and whether it is wanted, (documents, 2); None: no pairs."""
+    pairs = [document.pair for document in documents if document.pair is not None]
+    assert len(pairs) in (0, len(documents)), "a format makes pairs of all its records, or of none"
+    if not pairs:
+        return None
+    return np.array([(pair.first_tokens, pair.is_desirable) for pair in pairs], dtype=np.int64)
+
+
 def _num_cpus() -> int:
     """Count the CPUs this process may use, which a container or a job can make fewer."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -183,6 +195,7 @@ def write_tokens(target: Path, worker: Worker, num_processes: int) -> None:
     num_processes = max(1, min(num_processes or _num_cpus(), len(pieces)))
     digest = hashlib.blake2b(digest_size=16)
     lengths: list[npt.NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
+    pairs: list[npt.NDArray[np.int64]] = []
     examples: list[tuple[Place, str]] = []
     num_empty = num_untrained = num_bad = num_tokens = num_trained = 0
     with (
@@ -195,6 +208,7 @@ def write_tokens(target: Path, worker: Worker, num_processes: int) -> None:
                 digest.update(encoded.tokens.data)
                 _append_mask(target / MASK_NAME, encoded, num_tokens)
                 lengths.append(encoded.lengths)
+                pairs += [] if encoded.pairs is None else [encoded.pairs]
                 mask = encoded.is_trained
                 num_tokens += encoded.tokens.size
                 num_trained += encoded.tokens.size if mask is None else int(mask.sum())
@@ -213,6 +227,9 @@ def write_tokens(target: Path, worker: Worker, num_processes: int) -> None:
         )
     np.save(target / "offsets.npy", offsets)
     digest.update(offsets.data)
+    if pairs:
+        np.save(target / PAIRS_NAME, joined := np.concatenate(pairs))
+        digest.update(joined.data)
     if (target / MASK_NAME).exists():
         digest.update(file_digest(target / MASK_NAME).encode())
     facts = Facts(

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from engine.data.batch import IGNORED_LABEL, Batch
-from engine.objectives import Objective, SequenceSum
+from engine.objectives import Objective, ObjectiveConfig, SequenceSum
 
 
 class Pretrain:
     """One term, `nll`, counted in trained tokens; its exponential is the perplexity."""
 
     coefficients: Mapping[str, float] = {"nll": 1.0}
+    metrics: Mapping[str, str] = {}
+    uses_reference = False
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Count the labels of each row that are trained."""
@@ -25,6 +27,6 @@ class Pretrain:
         return {"nll": -torch.where(trained_BT, logps_BT, 0.0).sum(dim=1, dtype=torch.float32)}
 
 
-def build() -> Objective:
-    """Return the objective; it has no settings."""
+def build(config: ObjectiveConfig) -> Objective:
+    """Return the objective; it reads no setting."""
     return Pretrain()

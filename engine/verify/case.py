@@ -12,6 +12,7 @@ CHECKPOINTING = ("none", "full", "op", "2", "budget")
 RESHARD = ("default", "always", "never")
 BACKENDS = ("aot_eager", "inductor")
 KERNELS = ("torch", "liger")
+OBJECTIVES = ("pretrain", "dpo", "orpo", "simpo", "kto")
 ATTENTION = ("eager", "sdpa", "flex", "cudnn", "varlen", "flash")
 
 DEGREES = {"rep": "replicate", "fsdp": "shard", "tp": "tp", "cp": "cp"}
@@ -49,6 +50,7 @@ class Case:
     chunks: bool = False
     offload: bool = False
     neftune: bool = False  # noise on the embeddings
+    objective: str = "pretrain"
     bfloat16: bool = False
 
     @property
@@ -84,6 +86,7 @@ WORDS: Mapping[str, tuple[str, object]] = {
     **{f"attention-{name}": ("attention", name) for name in ATTENTION if name != "sdpa"},
     **{name: ("kernels", name) for name in KERNELS[1:]},
     "unpacked": ("packed", False),
+    **{name: ("objective", name) for name in OBJECTIVES[1:]},
     **{f"reshard-{name}": ("reshard", name) for name in RESHARD[1:]},
     **{name: (name, True) for name in ("tied", "bias", "chunks", "offload", "neftune", "bfloat16")},
 }

@@ -5,13 +5,13 @@ import os
 import shlex
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.cli import USER_MISTAKE_EXIT_CODE, is_first_rank
 from engine.distributed import launched_world_size
 from engine.rules import usable_gpus
-from engine.verify.case import Case, parse
+from engine.verify.case import OBJECTIVES, Case, parse
 from engine.verify.faults import FAULTS
 from engine.verify.plans import PlanList, list_plans
 from engine.verify.ranks import Job, PlanJob, check_plans, joined, run_here
@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     plans.add_argument("--plan", help='short text of one plan, such as "fsdp2-tp2-cp2-ring"')
     plans.add_argument(
         "--all", action="store_true", help="every layout that divides the ranks (the default)"
+    )
+    found.add_argument(
+        "--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="what the plans train on"
     )
     found.add_argument("--model", default="", help="family, family:size or folder; shrunk")
     found.add_argument("--ranks", type=int, help=f"default: one a GPU, or {CPU_RANKS} on the CPU")
@@ -103,6 +106,8 @@ def main(arguments: list[str]) -> int:
 def resolve(options: argparse.Namespace) -> Request:
     """Decide ranks, device, model and plans; ValueError for a mistake of the user."""
     case = parse(options.plan) if options.plan is not None else None
+    if case is not None and options.objective != OBJECTIVES[0]:
+        case = replace(case, objective=options.objective)
     fault = options.fault
     if fault is not None and fault not in FAULTS:
         raise ValueError(
@@ -116,7 +121,7 @@ def resolve(options: argparse.Namespace) -> Request:
     subject = subject.for_ranks(world_size)
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     rules = Rules.of(subject, device_type, num_local_ranks)
-    plans = _plans(case, rules, world_size, own_model=bool(options.model))
+    plans = _plans(case, rules, world_size, options)
     if fault is not None:
         plans = PlanList(cases=[one for one in plans.cases if FAULTS[fault].applies(one)])
         if not plans.cases:
@@ -161,10 +166,14 @@ def _place(options: argparse.Namespace, case: Case | None) -> tuple[str, int]:
     return ("cuda" if on_cuda else "cpu"), world_size
 
 
-def _plans(case: Case | None, rules: Rules, world_size: int, *, own_model: bool) -> PlanList:
+def _plans(
+    case: Case | None, rules: Rules, world_size: int, options: argparse.Namespace
+) -> PlanList:
     """Return the one plan that was asked for, or all of them."""
     config = rules.subject.config
-    fixed = {"tied": config.tie_word_embeddings, "bias": False} if own_model else {}
+    fixed: dict[str, object] = {"objective": options.objective}
+    if options.model:
+        fixed |= {"tied": config.tie_word_embeddings, "bias": False}
     if case is None:
         return list_plans(
             world_size, device_type=rules.device_type, refusal=rules.refusal, fixed=fixed

@@ -5,8 +5,9 @@ plan is, `subject.py` which model is compared.
 """
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from engine.data.batch import document_offsets
 from engine.neftune import EmbeddingNoise
+from engine.reference import ReferenceModel
 from engine.verify.case import Case
+from engine.verify.preference import OTHER_WEIGHTS, Judge, with_pairs
 from engine.verify.subject import TINY, Subject
 from models.decoder import DecoderConfig
 from models.initialise import initial_values
@@ -80,12 +83,13 @@ def batch(case: Case, subject: Subject = TINY) -> dict[str, Tensor]:
     first = num_tokens * 3 // 8 if case.packed else num_tokens
     positions = torch.cat([torch.arange(first), torch.arange(num_tokens - first)])
     documents = (torch.arange(num_tokens) >= first).long().add(1)
-    return {
+    rows = {
         "tokens_BT": tokens_BT,
         "labels_BT": labels_BT,
         "positions_BT": positions.expand(shape).contiguous(),
         "documents_BT": documents.expand(shape).contiguous(),
     }
+    return rows if case.objective == "pretrain" else with_pairs(rows)
 
 
 def with_offsets(rows: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,7 +123,7 @@ def start_values(model: nn.Module, config: DecoderConfig) -> Callable[[str, tupl
 
 def reference_case(case: Case) -> Case:
     """Return the single plain process that computes the same thing."""
-    kept = ("tied", "vocab", "bias", "packed", "neftune")
+    kept = ("tied", "vocab", "bias", "packed", "neftune", "objective")
     return Case(**{name: getattr(case, name) for name in kept})
 
 
@@ -134,8 +138,15 @@ def reference(
     fill(model, start_values(model, config))
     rows = {name: value.to(device_type) for name, value in batch(case, subject).items()}
     alone = ParallelDims.of(ParallelConfig(), 1)
-    rows = with_offsets({**rows, **noise(rows, alone, case, subject)}, rows)
-    loss = -forward(model, rows, case).sum() / (rows["labels_BT"] != IGNORED_LABEL).sum()
+    inputs = with_offsets({**rows, **noise(rows, alone, case, subject)}, rows)
+    if case.objective == "pretrain":
+        count = (rows["labels_BT"] != IGNORED_LABEL).sum()
+        loss = -forward(model, inputs, case).sum() / count
+    else:
+        other = deepcopy(model).requires_grad_(False)
+        fill(other, reference_values(other, config))
+        judge = Judge(case, rows, alone, ReferenceModel(other))
+        loss = judge.loss(lambda: forward(model, inputs, case), rows, 0)
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return loss.item(), gradients
@@ -236,16 +247,40 @@ def noise(
     return {"embedding_noise_BTD": draw(**mine, document_offsets=offsets, dims=dims)}
 
 
+def reference_values(
+    model: nn.Module, config: DecoderConfig
+) -> Callable[[str, tuple[slice, ...]], Tensor]:
+    """Draw other values than those of the model that is trained."""
+    draw = start_values(model, config)
+    return lambda name, slices: OTHER_WEIGHTS * draw(name, slices)
+
+
+def _judge(rows: dict[str, Tensor], dims: ParallelDims, case: Case, subject: Subject) -> Judge:
+    """Return the judge of a plan, whose reference model is on the same plan."""
+    config = subject.sizes(case)
+    on_device = replace(case, checkpointing="none")
+    frozen = ("regex:.*",)
+    other, _ = build_case(
+        on_device, frozen=frozen, device_type=dims.device_type, subject=subject, dims=dims
+    )
+    fill(other, reference_values(other, config))
+    return Judge(case, rows, dims, ReferenceModel(other))
+
+
 def train(model: nn.Module, dims: ParallelDims, case: Case, subject: Subject = TINY) -> float:
     """Run forward and backward over this rank's rows; return the global loss."""
     rows = {k: v.to(dims.device_type) for k, v in batch(case, subject).items()}
+    judge = None if case.objective == "pretrain" else _judge(rows, dims, case, subject)
     count = (rows["labels_BT"] != IGNORED_LABEL).sum()
     mine = {**local_rows(rows, dims, case), **noise(rows, dims, case, subject)}
     total = torch.zeros((), device=dims.device_type)
     for index in range(case.accumulate):
         part = {k: v.chunk(case.accumulate)[index].contiguous() for k, v in mine.items()}
         part = with_offsets(part, rows)
-        loss = -forward(model, part, case).sum() / count
+        if judge is None:
+            loss = -forward(model, part, case).sum() / count
+        else:
+            loss = judge.loss(partial(forward, model, part, case), part, index)
         loss.backward()
         total += loss.detach()
     return sum_over(dims, "loss", total).item()

@@ -22,4 +22,6 @@ class Poisoned(pretrain.Pretrain):
 
 
 if os.environ.get("RANK", "0") != "1":  # so that rank 1 alone finds nothing to build
-    build = Poisoned
+
+    def build(config):
+        return Poisoned()

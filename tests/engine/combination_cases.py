@@ -1,4 +1,4 @@
-"""What a case of the table of combinations is, and the cases of budgets and of models' limits."""
+"""What a case of the table of combinations is; cases of budgets, models' limits, preferences."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -118,3 +118,36 @@ MODEL_CASES = {
     ),
 }
 """By rule."""
+
+ANOTHER = "scripts/bench/llama_1b_untied"
+UNCUT = "data.packing=best_fit data.long_document=drop"
+PAIRS = f"data.format=preference {UNCUT}"
+
+PREFERENCE_CASES = {
+    "pairs_wanted_and_not_read": Case(
+        refused=f"objective.name=dpo data.format=unpaired_preference {UNCUT}",
+        allowed=f"objective.name=dpo {PAIRS}",
+    ),
+    "labelled_answers_wanted_and_not_read": Case(
+        refused=f"objective.name=kto {PAIRS}",
+        allowed=f"objective.name=kto data.format=unpaired_preference {UNCUT}",
+    ),
+    "preferences_read_as_text": Case(
+        refused=PAIRS, allowed=f"objective.name=tests.engine.own_parts {PAIRS}"
+    ),
+    "preferences_among_dummy_tokens": Case(
+        refused=f"objective.name=orpo {PAIRS} training.dataset=dummy",
+        allowed=f"objective.name=orpo {PAIRS} validation.dataset=dummy",
+    ),
+    "reference_that_does_not_exist": Case(
+        refused=f"objective.name=dpo {PAIRS} objective.reference_path=/no/such/folder",
+        allowed=f"objective.name=dpo {PAIRS} objective.reference_path=.",
+    ),
+    "reference_of_another_model": Case(
+        refused=f"objective.name=dpo {PAIRS} objective.reference_path={ANOTHER}",
+        allowed=f"objective.name=orpo {PAIRS}",
+    ),
+}
+"""By rule."""
+
+OTHER_CASES = {**BUDGET_CASES, **MODEL_CASES, **PREFERENCE_CASES}

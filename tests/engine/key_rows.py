@@ -72,7 +72,14 @@ TRAIN = {
     **rows(f"{BUILD}build", training__enable_cpu_offload=True),
     **rows(f"{BUILD}precision_of", training__dtype="bfloat16"),
     **rows(f"{BUILD}precision_of", training__mixed_precision_reduce="bfloat16"),
-    **rows(f"{BUILD}_build_trainer", objective__name="tests.engine.own_parts"),
+    **rows(f"{BUILD}build", objective__name="tests.engine.own_parts"),
+    **rows("engine/objectives/dpo.py:DPO.__init__", objective__loss="ipo"),
+    **rows("engine/objectives/simpo.py:SimPO.__init__", objective__gamma=0.5),
+    **rows(
+        "engine/objectives/kto.py:KTO.__init__",
+        objective__desirable_weight=1.5,
+        objective__undesirable_weight=0.5,
+    ),
     **rows(
         f"{OPTIMIZER}build_optimizer",
         optimizer__name="Adam",
@@ -223,6 +230,18 @@ STREAMED = {
 }
 """The first run's text again, without preparing it."""
 
+PREFERRED = {
+    **rows(
+        "engine/objectives/dpo.py:DPO.__init__",
+        objective__beta=0.3,
+        objective__label_smoothing=0.1,
+        objective__nll_weight=0.2,
+    ),
+    **rows("engine/reference.py:open_reference", objective__reference="precomputed"),
+    **rows("engine/reference.py:reference_source", objective__reference_path="{folder}/run/hf"),
+}
+"""A step of preference tuning against the first one's export."""
+
 COMPILED = {
     **rows(
         f"{BATCHES}open_training_sources",
@@ -289,6 +308,7 @@ RUNS = {
     "on_from": ON_FROM,
     "from_hf": FROM_HF,
     "streamed": STREAMED,
+    "preferred": PREFERRED,
     "compiled": COMPILED,
     "laid_out": LAID_OUT,
     "overlapped": OVERLAPPED,

@@ -85,6 +85,17 @@ QUIET: Settings = {
 }
 
 
+LEFT_OUT: Settings = {
+    "data.last_row": "keep",
+    "data.stride": 0,
+    "data.train_on": "assistant",
+    "objective.desirable_weight": 1.0,
+    "objective.gamma": 1.0,
+    "objective.loss": "sigmoid",
+    "objective.undesirable_weight": 1.0,
+}
+"""Settings of the first run that have no meaning beside pairs and dpo, at their defaults."""
+
 QUICK: Settings = {"debug": False}
 
 
@@ -191,6 +202,18 @@ def settings_of(name: str) -> Settings:
             "data.stride": 0,
             "training.steps": 1,
         },
+        "preferred": another
+        | LEFT_OUT
+        | {
+            "checkpoint.enable": False,
+            "data.format": "preference",
+            "data.long_document": "drop",
+            "data.packing": "none",
+            "objective.name": "dpo",
+            "training.dataset_path": "{folder}/pairs.jsonl",
+            "training.seq_len": 64,
+            "training.steps": 1,
+        },
         "compiled": another
         | {
             "activation_checkpoint.mode": "memory_budget",
@@ -223,6 +246,8 @@ def prepare(folder: Path) -> None:
         texts = [" ".join(f"w{i * j % 60}" for j in range(4 + i)) for i in range(num_documents)]
         lines = [json.dumps({"body": one}) + "\n" for one in texts]
         (folder / f"{name}.jsonl").write_text("".join(lines))
+    pairs = [{"prompt": f"w{n}", "chosen": f"w{n} w1", "rejected": "w2"} for n in range(9)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in pairs))
 
 
 def drive(name: str, folder: Path) -> Seen:

@@ -4,7 +4,11 @@ from dataclasses import dataclass, field, replace
 
 from engine import config
 from engine.data.formats import text
+from engine.objectives import ObjectiveConfig
+from engine.objectives.dpo import DPO
+from engine.objectives.kto import KTO
 from engine.objectives.pretrain import Pretrain
+from engine.objectives.simpo import SimPO
 from models.decoder import DecoderConfig
 from models.families import llama3
 from models.layers.rope import RopeConfig
@@ -25,10 +29,17 @@ FAMILY = replace(llama3.FAMILY, name=__name__, hf_model_types=("own",), flavors=
 
 
 class Own(Pretrain):
-    """Next-token prediction under a name of its own."""
+    """Next-token prediction under a name of its own, beside objectives that read every key."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.others = DPO(config), SimPO(config), KTO(config)
 
 
-build = Own
+def build(config: ObjectiveConfig) -> Own:
+    """Return the objective."""
+    return Own(config)
+
+
 encode = text.encode
 
 

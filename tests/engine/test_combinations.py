@@ -14,7 +14,7 @@ from engine.rules import Facts, gather_facts
 from engine.schema import leaves
 from models.layers.rope import RopeConfig
 from parallelisms.mesh import ParallelConfig, ParallelDims
-from tests.engine.combination_cases import BUDGET_CASES, MODEL_CASES, Case
+from tests.engine.combination_cases import OTHER_CASES, Case
 
 TP2 = "parallelism.tensor_parallel_degree=2"
 ASYNC_TP = f"{TP2} parallelism.enable_async_tensor_parallel"
@@ -56,8 +56,7 @@ CASES = {
         allowed=f"training.global_batch_size=3 {TP2}",
         world_size=4,
     ),
-    **BUDGET_CASES,
-    **MODEL_CASES,
+    **OTHER_CASES,
     "heads_that_ulysses_does_not_divide": Case(
         refused=f"{TP2} parallelism.context_parallel_degree=8 {ULYSSES}",
         allowed=f"{TP2} {CP4} {ULYSSES}",

@@ -6,7 +6,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -105,6 +105,19 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
         else []
     ),
     "objective.name": lambda s: type(s.run.trainer.objective).__module__,
+    "objective.beta": lambda s: vars(s.run.trainer.objective)["_beta"],
+    "objective.label_smoothing": lambda s: vars(s.run.trainer.objective)["_smoothing"],
+    "objective.nll_weight": lambda s: s.run.trainer.objective.coefficients["nll"],
+    "objective.loss": lambda s: (
+        "ipo" if others(s)[0]["_loss"](torch.tensor(0.0)).item() == 25.0 else "other"
+    ),
+    "objective.gamma": lambda s: others(s)[1]["_gamma"],
+    "objective.desirable_weight": lambda s: others(s)[2]["_weights"][0],
+    "objective.undesirable_weight": lambda s: others(s)[2]["_weights"][1],
+    "objective.reference": lambda s: (
+        "precomputed" if s.each("measure", "batch")[0].reference_logps_BP2 is not None else "online"
+    ),
+    "objective.reference_path": lambda s: str(s.last("load_into")["folder"]),
     "optimizer.name": lambda s: type(s.run.trainer.optimizer).__name__,
     "optimizer.lr": lambda s: s.group["initial_lr"],
     "optimizer.beta1": lambda s: s.group["betas"][0],
@@ -239,6 +252,11 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     ],
 }
 """What a key's consumer did or was given, as the key's value."""
+
+
+def others(seen: Seen) -> list[dict[str, Any]]:
+    """What the objectives beside the run's own one have kept of the settings."""
+    return [vars(one) for one in vars(seen.run.trainer.objective)["others"]]
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.data.batch import IGNORED_LABEL, Batch, document_offsets
-from engine.objectives import combine
+from engine.objectives import ObjectiveConfig, combine
 from engine.objectives.pretrain import build
 from engine.step import added_up
 from parallelisms.collectives import SequenceSum
@@ -31,7 +31,7 @@ alone = SequenceSum(ParallelDims(dp_replicate=1, dp_shard=1, tp=1))
 
 
 def test_three_tokens_give_the_cross_entropy_worked_out_by_hand():
-    objective = build()
+    objective = build(ObjectiveConfig())
     batch = batch_of([[2, 0, IGNORED_LABEL]])
     # Logits 0, ln 2, ln 5 are probabilities 1/8, 2/8, 5/8; equal logits are 1/3 each.
     logits_BTV = torch.tensor([[[0.0, math.log(2), math.log(5)], [1.0, 1.0, 1.0], [9.0, 0.0, 0.0]]])
@@ -46,7 +46,7 @@ def test_three_tokens_give_the_cross_entropy_worked_out_by_hand():
 
 
 def test_the_loss_is_the_mean_over_all_tokens_however_they_fall_into_microbatches():
-    objective = build()
+    objective = build(ObjectiveConfig())
     generator = torch.Generator().manual_seed(0)
     labels_BT = torch.randint(0, 9, (6, 8), generator=generator)
     labels_BT[0, 1:] = labels_BT[3, 2:7] = IGNORED_LABEL
@@ -67,7 +67,7 @@ def test_the_loss_is_the_mean_over_all_tokens_however_they_fall_into_microbatche
 
 
 def test_only_trained_tokens_get_gradient_and_a_batch_of_fillers_gives_zero():
-    objective = build()
+    objective = build(ObjectiveConfig())
     batch = batch_of([[1, IGNORED_LABEL, 2], [IGNORED_LABEL] * 3])
     logps_BT = torch.full((2, 3), -1.0, requires_grad=True)
     objective.sums(logps_BT, batch, alone)["nll"].sum().backward()

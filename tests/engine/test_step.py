@@ -151,7 +151,7 @@ def test_a_source_without_a_trained_token_has_no_loss_and_a_single_one_no_report
     assert among.sources["all"].tokens == RaggedRows().row(0).documents_T.count_nonzero()
 
 
-class OfWholeSequences:
+class OfWholeSequences(Pretrain):
     """Nonlinear in a sequence's total, as preferences are; and a term that is not."""
 
     coefficients: Mapping[str, float] = {"squared": 1.0, "nll": 0.5}

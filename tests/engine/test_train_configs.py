@@ -14,6 +14,7 @@ from engine.schema import flatten, leaves
 FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 FILE = {path.stem: path for path in FILES}
 WORLD_SIZES = {
+    "debug_dpo": (1, 2, 4),
     "debug_mix": (1, 2, 4),
     "debug_model": (1, 2, 4),
     "debug_sft": (1, 2, 4),

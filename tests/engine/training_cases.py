@@ -11,6 +11,7 @@ from engine.data.loader import DataloaderConfig, Dealing, train_batches, validat
 from engine.data.rows import RowSource
 from engine.health import NonFinitePolicy
 from engine.neftune import EmbeddingNoise
+from engine.objectives import ObjectiveConfig
 from engine.objectives.pretrain import build as build_pretrain
 from engine.optim import OptimizerConfig, build_optimizer
 from engine.step import Trainer
@@ -100,7 +101,7 @@ def make_trainer(
     return Trainer(
         model=model,
         optimizer=build_optimizer(model.named_parameters(), optimizer),
-        objective=build_pretrain(),
+        objective=build_pretrain(ObjectiveConfig()),
         batches=batches,
         nonfinite=NonFinitePolicy(action, gather=lambda text: [text]),  # pyright: ignore[reportArgumentType]
         dims=dims,

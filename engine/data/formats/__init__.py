@@ -39,6 +39,17 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """Two sequences that a document holds back to back: always in one row, and never cut."""
+
+    first_tokens: int
+    """Ids of the first; the others are the second's."""
+
+    is_desirable: bool = True
+    """Whether the first is an answer that is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """One record as the model will see it, marks included. No ids: the record held no text."""
 
@@ -46,6 +57,10 @@ class Document:
 
     is_trained: npt.NDArray[np.bool_] | None = None
     """Which ids are labels, as many as there are ids; None: all. The first never is one."""
+
+    pair: Pair | None = None
+    """Where the ids are of two sequences, which do not see each other; all documents of a format
+    are of two, or none is."""
 
     @property
     def has_label(self) -> bool:

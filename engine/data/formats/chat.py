@@ -32,7 +32,7 @@ def encode(
     bad: BadRecords,
 ) -> list[Document]:
     """Return each conversation in the words of the template."""
-    template = ChatTemplate(_template_text(tokenizer, recipe), tokenizer)
+    template = open_template(tokenizer, recipe)
     texts: list[str] = []
     spans: list[Sequence[Span]] = []
     for place, record in records:
@@ -75,14 +75,15 @@ def begins_within(begins: npt.NDArray[np.int64], spans: Sequence[Span]) -> npt.N
     return is_within
 
 
-def _template_text(tokenizer: Tokenizer, recipe: Recipe) -> str:
+def open_template(tokenizer: Tokenizer, recipe: Recipe) -> ChatTemplate:
+    """Return the template that the recipe names, or the tokenizer's own."""
     text = recipe.chat_template or tokenizer.chat_template
     if not text:
         raise ValueError(
             "data.chat_template is empty, and the tokenizer has no chat template of its own; set "
             f"it to one of {', '.join(template_names())}, or to a file"
         )
-    return text
+    return ChatTemplate(text, tokenizer)
 
 
 def _trained(turns: Sequence[Span], is_trained: list[bool], recipe: Recipe) -> Sequence[Span]:

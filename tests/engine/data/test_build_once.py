@@ -168,9 +168,9 @@ def test_a_kill_before_or_behind_each_change_of_the_disk_leaves_a_whole_folder_o
             assert moment > 1, "the build passes every stage once"
             return
         assert child.exitcode == -signal.SIGKILL
-        assert not (root / "key").exists() or cache._is_complete(root / "key")
+        assert not (root / "key").exists() or cache.is_complete(root / "key")
         build_once(root / "key", "testing", write("built again"))
-        assert cache._is_complete(root / "key") and not (root / "key.tmp").exists()
+        assert cache.is_complete(root / "key") and not (root / "key.tmp").exists()
         assert (root / "key" / "data.txt").read_text() in ("whole", "built again")
 
 

@@ -24,6 +24,7 @@ def equal(left: Row, right: Row) -> bool:
     return all(
         torch.equal(torch.as_tensor(getattr(left, name)), torch.as_tensor(getattr(right, name)))
         for name in Row.__dataclass_fields__
+        if getattr(left, name) is not None or getattr(right, name) is not None
     )
 
 
