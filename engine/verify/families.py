@@ -84,7 +84,7 @@ class FamilyFault:
 def read_sizes(folder: Path) -> tuple[ModelFamily, DecoderConfig]:
     """Return the family of a Hugging Face folder and what its config.json says."""
     hf_config = hf_io.read_hf_config(folder)
-    family = family_for_hf(hf_config)
+    family = family_for_hf(hf_config, or_any=True)
     return family, family.config_from_hf(hf_config)
 
 
@@ -101,6 +101,7 @@ def case_of(folder: Path, layout: Case, variant: str) -> FamilyCase:
         variant=variant,
         tp=layout.tp,
         shard=layout.shard,
+        sequence=config.refusal("sequence_parallel") is None,
         vocab=config.vocab_size,
         tied=config.tie_word_embeddings,
         attention=config.attention,
@@ -124,7 +125,7 @@ def check_alone(variant: str, folder: Path, fault: str | None = None) -> dict[st
         hf_weights.load_into(ours, folder, key_map)
         rows = parity.batch(case, subject)
         logits, loss, gradients = _of_transformers(theirs, rows)
-        expected = named_as_ours(gradients, ours, theirs.config.model_type)
+        expected = named_as_ours(gradients, ours, key_map)
         torch.save((loss, expected), folder / _EXPECTED)
         found = ours(rows["tokens_BT"], positions_BT=rows["positions_BT"])
         logps = parity.forward(ours, rows, case)
@@ -216,7 +217,9 @@ class FamilyJob(Job):
             plan = subject.family.plan(subject.config)
             if self.fault is not None:
                 plan = plan | FAULTS[self.fault].plan
-            model, dims = parity.build_case(case, subject=subject, dims=dims, plan=plan)
+            model, dims = parity.build_case(
+                case, subject=subject, dims=dims, plan=plan, filled=False
+            )
             hf_weights.load_into(model, folder, subject.family.key_map(subject.config))
             loss, expected = torch.load(folder / _EXPECTED)
             mine = parity.train(model, dims, case, subject)

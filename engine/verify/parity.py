@@ -192,10 +192,12 @@ def build_case(
     device_type: str = "cpu",
     subject: Subject = TINY,
     dims: ParallelDims | None = None,
+    filled: bool = True,
 ) -> tuple[Any, ParallelDims]:
     """Return the parallel model of a case, with the reference's values, and its meshes.
 
-    `dims` are meshes of the same degrees that are built already. Every rank must call this.
+    Without `filled` the values are undefined. `dims` are meshes of the same degrees that are
+    built already. Every rank must call this.
     """
     config = subject.sizes(case)
     parallel = parallel_config(case)
@@ -217,7 +219,8 @@ def build_case(
         frozen=frozen,
     )
     materialise(model, "cpu" if case.offload else device_type)
-    fill(model, start_values(model, config))
+    if filled:
+        fill(model, start_values(model, config))
     return model, dims
 
 

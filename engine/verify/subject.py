@@ -33,7 +33,12 @@ class Subject:
         return load_family(self.family_name)
 
     def sizes(self, case: Case) -> DecoderConfig:
-        """Return the configuration of the model with the switches of a case."""
+        """Return the configuration of the model with the switches of a case.
+
+        A module of transformers has none.
+        """
+        if not self.family.hf_model_types:
+            return self.config
         return replace(
             self.config,
             vocab_size=case.vocab,

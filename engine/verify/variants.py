@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.decoder import DecoderLM
 from models.registry import family_for_hf
+from models.weights import KeyMap
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -110,6 +111,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3": {**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "gemma3_plain": {**GEMMA3, "num_key_value_heads": 1, "final_logit_softcapping": 0.7},
     "olmo2": {"model_type": "olmo2", "rope_theta": 5e5, **NO_PAD},
+    # No family of their own: transformers' modules. The last has learned positions and is tied.
+    "granite": {"model_type": "granite", "logits_scaling": 3.0, "attention_bias": True, **NO_PAD},
+    "olmo": {"model_type": "olmo", **NO_PAD},
+    "gpt2": {"model_type": "gpt2", "num_key_value_heads": None, **NO_PAD},
     "phi3": {**PHI3, "sliding_window": 9},
     "phi3_longrope": {
         **PHI3,
@@ -127,7 +132,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def family_of(name: str) -> str:
     """Return the family of one of `MODELS`."""
-    return family_for_hf({"model_type": MODELS[name].get("model_type", "llama")}).name
+    model_type = MODELS[name].get("model_type", "llama")
+    return family_for_hf({"model_type": model_type}, or_any=True).name
 
 
 def llama_config(settings: Mapping[str, Any]) -> "LlamaConfig":
@@ -160,7 +166,7 @@ def same_in_ours(theirs: Any, folder: Path) -> DecoderLM:
     hf_config = json.loads((folder / "config.json").read_text())
     family = family_for_hf(hf_config)
     ours = family.build(family.config_from_hf(hf_config))
-    weights = named_as_ours(dict(theirs.named_parameters()), ours, theirs.config.model_type)
+    weights = named_as_ours(dict(theirs.named_parameters()), ours, family.key_map(ours.config))
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             parameter.copy_(weights.pop(name))
@@ -169,11 +175,11 @@ def same_in_ours(theirs: Any, folder: Path) -> DecoderLM:
 
 
 def named_as_ours(
-    theirs: Mapping[str, Tensor], ours: DecoderLM, model_type: str
+    theirs: Mapping[str, Tensor], ours: nn.Module, key_map: KeyMap
 ) -> dict[str, Tensor]:
     """Return tensors of transformers by our names, joined ones in their parts."""
     sizes = {name: len(parameter) for name, parameter in ours.named_parameters()}
-    joined = family_for_hf({"model_type": model_type}).key_map(ours.config).joined
+    joined = key_map.joined
     parts: dict[str, Tensor] = {}
     for name, tensor in theirs.items():
         names = joined.get(name, (name,))

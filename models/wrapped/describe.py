@@ -33,6 +33,7 @@ ROLES: Mapping[str, Role] = {
 Source: `ALL_PARALLEL_STYLES` in transformers 5, distributed/parallel_utils.py.
 """
 
+DTYPE_OF_FILES = ("dtype", "torch_dtype")  # says nothing about the model
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -41,7 +42,7 @@ class WrappedSizes:
     """Sizes of a wrapped model, with what else was read off it; fields as in `ModelSizes`."""
 
     hf: Mapping[str, Any]
-    """Content of the config.json."""
+    """Content of the config.json, but for the dtype of the files beside it."""
 
     plan: ModelPlan
     """Its parallel description."""
@@ -89,7 +90,8 @@ class WrappedSizes:
 
 def describe(hf: Mapping[str, Any]) -> WrappedSizes:
     """Return what a config.json describes; ValueError for what cannot be wrapped."""
-    return _describe(json.dumps(hf, sort_keys=True))
+    ours = {key: value for key, value in hf.items() if key not in DTYPE_OF_FILES}
+    return _describe(json.dumps(ours, sort_keys=True))
 
 
 @lru_cache(maxsize=4)

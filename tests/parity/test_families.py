@@ -19,7 +19,7 @@ from models.registry import FAMILIES, member_names
 from tests.ranks import RankPool
 
 IN_LAYOUTS = {
-    "TP2": ("gemma3", "mistral_window", "olmo2", "qwen2_tied", "qwen3_window_bias"),
+    "TP2": ("gemma3", "granite", "mistral_window", "olmo2", "qwen2_tied", "qwen3_window_bias"),
     "FSDP2 x TP2": ("gemma2", "llama_3_2", "phi3_longrope"),
 }
 """One of each family here, for time; the command runs all of them in both layouts."""
