@@ -67,7 +67,7 @@ class WrappedHead(LMHead):
 
     def __init__(self, linear: nn.Linear, finish: Finish | None) -> None:
         width, vocab_size = linear.in_features, linear.out_features
-        super().__init__(width, vocab_size, chunk_tokens=CHUNK_TOKENS, recompute_logits=True)
+        super().__init__(width, vocab_size, chunk_tokens=CHUNK_TOKENS)
         self.weight, self.bias = linear.weight, linear.bias
         self.finish = finish
 
