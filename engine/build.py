@@ -109,7 +109,8 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
         frozen=config.model.freeze,
     )
     _log_frozen(model)
-    materialise(model, "cpu" if config.training.enable_cpu_offload else world.device)
+    parameters_on = "cpu" if config.training.enable_cpu_offload else world.device
+    materialise(model, parameters_on, computes_on=world.device)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     state = TrainingState(
         model=model,

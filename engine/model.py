@@ -15,6 +15,7 @@ from models.initialise import initial_values
 from models.layers import liger
 from models.plan import ModelPlan
 from models.registry import ModelFamily, family_for_hf, load_family
+from models.sizes import ModelSizes
 from parallelisms.materialise import Draw
 
 log = logging.getLogger("tessera")
@@ -158,8 +159,8 @@ class ModelNeeds:
             has_softcap=has_softcap,
         )
 
-    def refusal_for(self, backend: str, sizes: Any) -> str | None:
-        """Say why a backend cannot do this for a model of such a `DecoderConfig`."""
+    def refusal_for(self, backend: str, sizes: ModelSizes) -> str | None:
+        """Say why a backend cannot do this for a model of such sizes."""
         return self.refusal(
             backend,
             head_dim=sizes.head_dim,

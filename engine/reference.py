@@ -158,7 +158,8 @@ def build_reference(policy: Policy, source: Source | None) -> nn.Module:
         compile=config.compile,
         frozen=["regex:.*"],
     )
-    materialise(model, "cpu" if config.training.enable_cpu_offload else policy.device)
+    parameters_on = "cpu" if config.training.enable_cpu_offload else policy.device
+    materialise(model, parameters_on, computes_on=policy.device)
     seed = config.debug.effective_seed
     if source is None or config.checkpoint.initial_load_allow:
         fill(model, initial_values(model, policy.architecture.config, seed=seed))

@@ -121,12 +121,9 @@ class Facts:
     def attention_refusal(self) -> str | None:
         """Why the attention backend cannot run on this device."""
         needs = model_needs(self.config, self.device_type)
-        return needs.refusal(
-            self.attention,
-            head_dim=self.decoder.head_dim if self.decoder else 64,
-            has_window=self.has_window,
-            has_softcap=self.decoder is not None and self.decoder.attention_softcap is not None,
-        )
+        if self.decoder is not None:
+            return needs.refusal_for(self.attention, self.decoder)
+        return needs.refusal(self.attention, head_dim=64, has_window=False, has_softcap=False)
 
     @property
     def has_window(self) -> bool:

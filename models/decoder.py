@@ -268,7 +268,6 @@ class DecoderLM(nn.Module):
             config.hidden_size,
             config.vocab_size,
             chunk_tokens=config.head_chunk_tokens,
-            recompute_logits=config.head_recompute_logits,
             softcap=config.logit_softcap,
             kernels=config.kernels,
         )

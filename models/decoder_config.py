@@ -116,10 +116,6 @@ class DecoderConfig:
     head_chunk_tokens: int = 4096
     """Tokens whose logits the head holds at once when it scores labels."""
 
-    head_recompute_logits: bool = True
-    """Compute logits again in the backward when there are several chunks, instead of keeping
-    them: less memory, one more matrix product."""
-
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
         for name in (*sizes, "head_dim", "intermediate_size", "head_chunk_tokens"):

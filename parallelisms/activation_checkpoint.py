@@ -56,6 +56,10 @@ class ActivationCheckpointConfig:
     visualize_memory_budget_pareto: bool = False
     """Write the compiler's curve of memory against run time into the current folder."""
 
+    recompute_logits: Literal["auto", "always", "never"] = "auto"
+    """Compute the logits of each chunk of labels again in the backward; "auto": unless the mode is
+    "none". Kept, they take 2 bytes in bf16 for each token of a microbatch and word."""
+
     preserve_rng_state: bool = True
     """Repeat the same random numbers in the recomputation."""
 
@@ -93,6 +97,15 @@ class ActivationCheckpointConfig:
     def is_per_operation(self) -> bool:
         """Whether the choice is made operation by operation."""
         return self.mode == "selective" and self.selective_ac_option == "op"
+
+    @property
+    def recomputes_logits(self) -> bool:
+        """Whether the head keeps no logits for the backward."""
+        # 16,384 tokens, 151,936 words, H200: 127 ms, kept 93 ms and 2.3 GiB more
+        # (scripts/bench/records/2026-11-24-h200-kernels-1gpu.json).
+        if self.recompute_logits == "auto":
+            return self.mode != "none"
+        return self.recompute_logits == "always"
 
     def covers(self, block_number: int) -> bool:
         """Say whether the block with this number, counted from 0, is checkpointed."""

@@ -1,6 +1,7 @@
 """`parallelize`: the one place that fixes the order in which a plan's parallelisms are applied."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,6 +115,8 @@ def _wrap_blocks(
 ) -> None:
     """Replace each block's `forward`, checkpointed and compiled; hooks stay outside of it.
 
+    The head likewise, which checkpoints its own chunks.
+
     A whole block is checkpointed outside the compiled graph: the other way torch saves the mesh
     of tensor parallelism as if it were a tensor. A choice per operation must be seen by the
     compiler, so there the checkpoint is inside.
@@ -130,7 +133,9 @@ def _wrap_blocks(
         if compiles and activation_checkpoint.is_per_operation:
             forward = compiled(forward, compile)
         block.forward = forward
-    if compile.compiles("loss"):
-        for name, role in plan.roles.items():
-            if role == "vocab_columns":
-                compile_loss(model.get_submodule(name), compile)
+    for name, role in plan.roles.items():
+        if role == "vocab_columns":
+            head: Any = model.get_submodule(name)
+            head.recompute_logits = activation_checkpoint.recomputes_logits
+            if compile.compiles("loss"):
+                compile_loss(head, compile)

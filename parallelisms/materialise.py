@@ -11,11 +11,13 @@ from parallelisms.collectives import shard_range
 Draw = Callable[[str, tuple[slice, ...]], Tensor]
 
 
-def materialise(model: nn.Module, device: torch.device | str) -> None:
+def materialise(
+    model: nn.Module, device: torch.device | str, *, computes_on: torch.device | str | None = None
+) -> None:
     """Give the parameters memory on `device`, with undefined values; ties stay ties.
 
-    Buffers, which a model must hold in memory, are copied there. With CPU offload the device is
-    the CPU.
+    With CPU offload that is the CPU, and `computes_on` is where the model's arithmetic is done:
+    buffers, which a model must hold in memory, are copied there.
     """
     buffers = dict(model.named_buffers())
     assert not any(b.is_meta for b in buffers.values()), "they would hold undefined values"
@@ -23,7 +25,7 @@ def materialise(model: nn.Module, device: torch.device | str) -> None:
     model.to_empty(device=torch.device(device))
     for name, buffer in buffers.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, buffer.to(device))
+        setattr(model.get_submodule(parent), leaf, buffer.to(computes_on or device))
     for owner, *others in ties:
         for other in others:
             tie(model, owner, other)

@@ -25,6 +25,7 @@ from models.decoder_config import DecoderConfig
 from models.generate import check_sampling, generate
 from models.registry import ModelFamily, family_for_hf
 from models.wrapped import generate as wrapped
+from models.wrapped.module import read_config
 from parallelisms.materialise import materialise
 
 DESCRIPTION = "Complete a text with a model in a Hugging Face folder."
@@ -40,8 +41,11 @@ class Loaded:
 
     tokenizer: Tokenizer
     eos_token_ids: tuple[int, ...]
-    longest_row: int | None
+    made_for: int | None
     """Tokens that the model was made for, where that is known."""
+
+    longest_row: int | None = None
+    """Tokens that it can read at all, where there is such a limit."""
 
     def complete(
         self, prompt: list[int], options: argparse.Namespace, device: torch.device
@@ -65,7 +69,8 @@ def load(folder: Path, *, device: torch.device, dtype: str) -> Loaded:
     """Build the model that a folder's config.json describes and fill it from its weights."""
     hf_config = read_hf_config(folder)
     family = family_for_hf(hf_config, or_any=True)
-    config = family.config_from_hf(hf_config)
+    is_ours = bool(family.hf_model_types)
+    config = family.config_from_hf(hf_config) if is_ours else read_config(hf_config)
     if dtype == "auto":  # as stored; transformers 4 called the key torch_dtype
         dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
     if dtype not in DTYPES:
@@ -81,11 +86,13 @@ def load(folder: Path, *, device: torch.device, dtype: str) -> Loaded:
         hf_config.get("eos_token_id"),
         tokenizer.eos_id,
     )
+    model = _load_model(folder, family, config, device=device, dtype=DTYPES[dtype])
     return Loaded(
-        model=_load_model(folder, family, config, device=device, dtype=DTYPES[dtype]),
+        model=model,
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
-        longest_row=config.max_position_embeddings,
+        made_for=getattr(config, "max_position_embeddings", None),
+        longest_row=None if is_ours else wrapped.longest_row(model),
     )
 
 
@@ -164,9 +171,14 @@ def main(arguments: list[str]) -> None:
     prompt = encode_prompt(loaded.tokenizer, options.prompt, is_chat=options.chat)
     if not prompt:
         raise ValueError("--prompt is empty and the tokenizer adds nothing; give some text")
-    limit = loaded.longest_row
-    if limit is not None and len(prompt) + options.max_new_tokens > limit:
-        print(f"note: the model was made for {limit} tokens, this is longer", file=sys.stderr)
+    num_tokens = len(prompt) + options.max_new_tokens
+    if loaded.longest_row is not None and num_tokens > loaded.longest_row:
+        raise ValueError(
+            f"--max_new_tokens {options.max_new_tokens} and a prompt of {len(prompt)} tokens: the "
+            f"model has {loaded.longest_row} positions; ask for fewer tokens"
+        )
+    if loaded.made_for is not None and num_tokens > loaded.made_for:
+        print(f"note: the model was made for {loaded.made_for} tokens", file=sys.stderr)
 
     started = time.perf_counter()
     tokens = loaded.complete(prompt, options, device)

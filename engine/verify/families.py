@@ -179,9 +179,10 @@ def _check_export(
     hf_io.export(ours, target, assets, dtype=torch.float32)
     before, after = (load_file(side / hf_weights.SINGLE_NAME) for side in (folder, target))
     problems = [f"{name} is on one side only" for name in sorted(before.keys() ^ after.keys())]
-    errors = [
-        (before[name] - after[name]).abs().max().item() for name in before.keys() & after.keys()
-    ]
+    both = sorted(before.keys() & after.keys())
+    problems += [f"{n} has another dtype" for n in both if before[n].dtype != after[n].dtype]
+    problems += [f"{n} has other bits" for n in both if not torch.equal(before[n], after[n])]
+    errors = [(before[n] - after[n]).abs().max().item() for n in both]
     if read_sizes(target)[1] != subject.config:
         problems.append("config.json reads back as another model")
     one, other = (AutoConfig.from_pretrained(side).to_dict() for side in (folder, target))
@@ -194,7 +195,7 @@ def _check_export(
     with torch.no_grad():
         if not torch.equal(again(tokens_BT).logits, logits):
             problems.append("transformers computes other logits from the export")
-    return Cell(error=max(errors), problems=tuple(problems), tolerance=0.0)
+    return Cell(error=max(errors, key=_nan_last), problems=tuple(problems), tolerance=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

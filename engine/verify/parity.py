@@ -218,7 +218,7 @@ def build_case(
         compile=compile_config(case),
         frozen=frozen,
     )
-    materialise(model, "cpu" if case.offload else device_type)
+    materialise(model, "cpu" if case.offload else device_type, computes_on=device_type)
     if filled:
         fill(model, start_values(model, config))
     return model, dims

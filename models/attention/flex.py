@@ -85,12 +85,18 @@ def _mask_function(sources: Sequence[Tensor], window: int | None = None) -> Mask
     return is_allowed
 
 
-def _score_function(softcap: float | None) -> ScoreFunction | None:
-    if softcap is None:
+def _written(softcap: float | None) -> str:
+    """Return a cap as text, which the compiler takes for a constant; empty for none.
+
+    A number that differs between two models of a process becomes a variable, and those fail in
+    flex_attention (torch 2.13).
+    """
+    return "" if softcap is None else repr(softcap)
+
+
+def _score_function(written: str) -> ScoreFunction | None:
+    if not written:
         return None
-    # As text, which the compiler takes for a constant: a number that differs between two models of
-    # a process becomes a variable, and those fail in flex_attention (torch 2.13).
-    written = repr(softcap)
 
     def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return torch.tanh(score / float(written)) * float(written)
@@ -116,7 +122,7 @@ def attend(
         q_BTHC.transpose(1, 2),
         k_BSKC.transpose(1, 2),
         v_BSKC.transpose(1, 2),
-        score_mod=_score_function(softcap),
+        score_mod=_score_function(_written(softcap)),
         block_mask=mask.prepared,
         scale=scale,
         enable_gqa=q_BTHC.shape[2] != k_BSKC.shape[2],
@@ -202,7 +208,7 @@ def _attend_piece(
         )
     kernel = _compiled(_flex_with_lse) if q_BTHC.is_cuda else _flex_with_lse
     q_BHTC, k_BKSC, v_BKSC = (x.transpose(1, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
-    out_BHTC, lse_BHT = kernel(q_BHTC, k_BKSC, v_BKSC, blocks, scale, softcap)
+    out_BHTC, lse_BHT = kernel(q_BHTC, k_BKSC, v_BKSC, blocks, scale, _written(softcap))
     return out_BHTC.transpose(1, 2), lse_BHT.transpose(1, 2)
 
 
@@ -212,13 +218,13 @@ def _flex_with_lse(
     v_BKSC: Tensor,
     blocks: BlockMask | None,
     scale: float,
-    softcap: float | None,
+    written_softcap: str,
 ) -> tuple[Tensor, Tensor]:
     out_BHTC, aux = flex_attention(
         q_BHTC,
         k_BKSC,
         v_BKSC,
-        score_mod=_score_function(softcap),
+        score_mod=_score_function(written_softcap),
         block_mask=blocks,
         scale=scale,
         enable_gqa=q_BHTC.shape[1] != k_BKSC.shape[1],

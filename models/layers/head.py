@@ -70,7 +70,8 @@ class LMHead(nn.Linear):
 
     `label_logps` is an attribute, the one seam where a split vocabulary or a compiled kernel
     steps in: `(logits_NV, labels_N) -> logps_N` in fp32. It is given logits without their soft cap,
-    which it applies, and may overwrite them.
+    which it applies, and may overwrite them. With `recompute_logits` those of one chunk of several
+    are not kept for the backward but computed again.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class LMHead(nn.Linear):
         vocab_size: int,
         *,
         chunk_tokens: int,
-        recompute_logits: bool,
+        recompute_logits: bool = True,
         softcap: float | None = None,
         kernels: liger.Kernels = "torch",
     ) -> None:

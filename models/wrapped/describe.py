@@ -17,7 +17,7 @@ from models.decoder_config import FULL, SLIDING
 from models.layers.liger import Kernels
 from models.plan import ModelPlan, Role
 from models.sizes import Feature, Weight
-from models.wrapped.module import WrappedLM, build, causal_class, read_config
+from models.wrapped.module import WrappedLM, build, causal_class, num_positions, read_config
 
 ROLES: Mapping[str, Role] = {
     "colwise": "columns",
@@ -34,6 +34,8 @@ Source: `ALL_PARALLEL_STYLES` in transformers 5, distributed/parallel_utils.py.
 """
 
 DTYPE_OF_FILES = ("dtype", "torch_dtype")  # says nothing about the model
+STREAMS = ("is_encoder_decoder", "vision_config", "audio_config")
+LENGTH_DEPENDENT = {"dynamic", "longrope"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -145,14 +147,30 @@ def _refuse_kinds(config: Any, causal: Any) -> None:
     reason = None
     if getattr(config, "quantization_config", None) is not None:
         reason = "its weights are quantised, and masters of training are not"
-    elif config.get_text_config() is not config or getattr(config, "is_encoder_decoder", False):
+    elif config.get_text_config() is not config or any(getattr(config, k, None) for k in STREAMS):
         reason = "it reads more than one stream of tokens"
+    elif not getattr(config, "is_causal", True) or getattr(
+        config, "use_bidirectional_attention", False
+    ):
+        reason = "its tokens see those behind them, which are their labels"
+    elif lengths := _rotary_types(config) & LENGTH_DEPENDENT:
+        reason = (
+            f"its rotary embedding of type {', '.join(sorted(lengths))} depends on the longest row "
+            "of a batch, padding included"
+        )
     elif any((getattr(config, key, None) or 0) > 1 for key in EXPERTS):
         reason = "it has experts, whose balance nothing here counts"
     elif causal._is_stateful or not hasattr(config, "num_attention_heads"):
         reason = "it keeps a recurrent state, which its documents would share"
     if reason is not None:
         raise ValueError(f"transformers' {name} cannot be wrapped: {reason}; use another model")
+
+
+def _rotary_types(config: Any) -> set[str]:
+    """Return the kinds of rotary embedding, which may differ between types of layers."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    each = [s for s in settings.values() if isinstance(s, Mapping)] or [settings]
+    return {str(s.get("rope_type", "default")) for s in each}
 
 
 def _block_list(model: WrappedLM, config: Any) -> str:
@@ -233,11 +251,7 @@ def _attention_types(config: Any, window: int | None) -> tuple[str, ...]:
 
 def _longest_row(model: WrappedLM, config: Any) -> int | None:
     """Return how many positions have an embedding of their own; None where they need none."""
-    limit = getattr(config, "max_position_embeddings", None)
-    embeddings = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    embeddings.pop(_embedding_name(model))
-    rows = [m.num_embeddings for m in embeddings.values()]
-    return limit if limit is not None and any(n >= limit for n in rows) else None
+    return num_positions(model, model.get_submodule(_embedding_name(model)), config)
 
 
 def _limits(model: WrappedLM, config: Any, no_tensor_parallelism: str | None) -> dict[Feature, str]:

@@ -6,13 +6,21 @@ from typing import Any
 
 import torch
 
+from models.wrapped.module import num_positions
+
 
 def load(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     """Return transformers' model of a folder; it reads the weights itself."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.generation_config = GenerationConfig()  # else its settings stand in for those not given
     return model.to(device).eval()
+
+
+def longest_row(model: Any) -> int | None:
+    """Return the most tokens that the model can read at all; None where there is no such limit."""
+    return num_positions(model, model.get_input_embeddings(), model.config)
 
 
 @torch.no_grad()

@@ -18,10 +18,15 @@ def initial_values(
 
     A block, or a layer outside of the blocks, is drawn as a whole on the CPU by each rank, from a
     generator of its own, and kept until another one is asked for: that much memory is needed.
+    ValueError on every rank, before anything is asked for, where transformers leaves values open.
     """
     with torch.device("meta"):
         twin = build(config.hf, config.attention)
-    unit_of = _units(twin, config.plan.blocks[0].removesuffix(".*"))
+    blocks = config.plan.blocks[0].removesuffix(".*")
+    unit_of = _units(twin, blocks)
+    for unit in set(unit_of.values()):
+        if unit == f"{blocks}.0" or not unit.startswith(f"{blocks}."):
+            _draw_unit(twin, unit, seed)
     drawn: dict[str, Mapping[str, Tensor]] = {}
 
     def draw(name: str, slices: Sequence[slice]) -> Tensor:

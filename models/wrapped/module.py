@@ -49,6 +49,17 @@ def causal_class(config: Any) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
+def num_positions(model: nn.Module, embedding: nn.Module, config: Any) -> int | None:
+    """Return how many positions have an embedding of their own; None where they need none.
+
+    `embedding` is that of the tokens.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding]
+    has_table = limit is not None and any(m.num_embeddings >= limit for m in others)
+    return limit if has_table else None
+
+
 class _Given(nn.Module):
     """Stands where a base model stood, and returns the floating-point tensor that it is called
     with as the last hidden state."""
@@ -67,7 +78,7 @@ class WrappedHead(LMHead):
 
     def __init__(self, linear: nn.Linear, finish: Finish | None) -> None:
         width, vocab_size = linear.in_features, linear.out_features
-        super().__init__(width, vocab_size, chunk_tokens=CHUNK_TOKENS, recompute_logits=True)
+        super().__init__(width, vocab_size, chunk_tokens=CHUNK_TOKENS)
         self.weight, self.bias = linear.weight, linear.bias
         self.finish = finish
 
@@ -190,8 +201,8 @@ def _finish_of(shell: Any, head_name: str, vocab_size: int) -> Finish | None:
             parts = finish(probe_BTV[:, :2]), finish(probe_BTV[..., : vocab_size // 2])
         except Exception as error:
             raise ValueError(
-                f"transformers' {type(shell).__name__} does something of its own between its base "
-                f"model and its head ({error}); it cannot be wrapped"
+                f"transformers' {type(shell).__name__} calls its base model or its head in its "
+                f"own way, which stand-ins do not have ({error}); use another model"
             ) from error
         finally:
             hook.remove()

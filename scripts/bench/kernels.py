@@ -151,7 +151,7 @@ def one(backend: str, lengths: list[int], expected: list[Tensor]) -> dict[str, A
 def heads() -> dict[str, Callable[[Tensor, nn.Parameter, Tensor], Tensor]]:
     """Return ways from hidden states, weight and labels to the summed loss."""
     with torch.device("meta"):
-        head = LMHead(HEAD_WIDTH, HEAD_VOCABULARY, chunk_tokens=CHUNK_TOKENS, recompute_logits=True)
+        head = LMHead(HEAD_WIDTH, HEAD_VOCABULARY, chunk_tokens=CHUNK_TOKENS)
 
     def ours(seam: Callable[..., Tensor], recompute: bool) -> Callable[..., Tensor]:
         def loss(x: Tensor, weight: nn.Parameter, labels: Tensor) -> Tensor:

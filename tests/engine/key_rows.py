@@ -207,7 +207,11 @@ ON_FROM = {
         checkpoint__initial_load_model_only=False,
     ),
     **rows(f"{LOOP}_train", training__gc_debug=True),
-    **rows("parallelisms/apply.py:_wrap_blocks", activation_checkpoint__mode="full"),
+    **rows(
+        "parallelisms/apply.py:_wrap_blocks",
+        activation_checkpoint__mode="full",
+        activation_checkpoint__recompute_logits="never",
+    ),
     **rows(CHECKPOINTED, activation_checkpoint__debug=True),
     **rows("engine/trackers.py:build_trackers", metrics__enable_wandb=True),
 }

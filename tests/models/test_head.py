@@ -185,7 +185,7 @@ def test_a_compiled_seam_gives_the_same_values_and_gradients(softcap):
 
 
 def test_the_fields_of_the_config_reach_the_head():
-    model = tiny_model(head_chunk_tokens=3, head_recompute_logits=False)
-    assert (model.lm_head.chunk_tokens, model.lm_head.recompute_logits) == (3, False)
+    model = tiny_model(head_chunk_tokens=3, logit_softcap=2.0)
+    assert (model.lm_head.chunk_tokens, model.lm_head.softcap) == (3, 2.0)
     with pytest.raises(ValueError, match="head_chunk_tokens = 0"):
         replace(model.config, head_chunk_tokens=0)

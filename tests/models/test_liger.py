@@ -165,16 +165,14 @@ def test_a_model_computes_the_same_with_the_stand_in(chunk_tokens: int, recomput
     labels[0, :5] = -100
     positions = torch.arange(13).expand(2, -1)
     weights = torch.rand(2, 13, generator=torch.Generator().manual_seed(2))
-    sizes: dict[str, Any] = {
-        "head_chunk_tokens": chunk_tokens,
-        "head_recompute_logits": recompute,
-    }
+    sizes: dict[str, Any] = {"head_chunk_tokens": chunk_tokens}
     if not recompute:
         sizes |= {"logit_softcap": 2.0, "activation": "gelu_pytorch_tanh"}
         sizes |= {"zero_centered_norm": True, "norms": "both"}
     found = []
     for kernels in ("torch", "liger"):
         model = tiny_model(kernels=kernels, spread=1.0, **sizes)
+        model.lm_head.recompute_logits = recompute
         with stand_in():
             logps = model(tokens, positions_BT=positions, labels_BT=labels)
             (logps * weights).sum().backward()

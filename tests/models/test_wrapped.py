@@ -7,7 +7,17 @@ import torch
 
 from models.families.hf import FAMILY
 from models.registry import load_family
-from tests.parity.wrapped_cases import LENGTHS, MODELS, SEED, alone, packed_rows, plain, wrapped
+from models.wrapped.generate import longest_row
+from tests.parity.wrapped_cases import (
+    LENGTHS,
+    MODELS,
+    SEED,
+    SHAPE,
+    alone,
+    packed_rows,
+    plain,
+    wrapped,
+)
 
 FP32_REORDERED_SUM = 1e-5  # rows of other lengths, so sums in another order
 
@@ -62,7 +72,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "recurrent": ({"model_type": "mamba", **SMALL}, "recurrent state"),
     "quantised": ({"model_type": "gpt2", "quantization_config": {"bits": 4}}, "quantised"),
     "bad_sizes": ({"model_type": "gpt2", "n_embd": 30, "n_head": 4}, "cannot build .*divisible"),
-    "no_plain_head": ({"model_type": "opt", **SMALL, "num_attention_heads": 2}, "of its own betw"),
+    "no_plain_head": ({"model_type": "opt", **SMALL, "num_attention_heads": 2}, "in its own way"),
 }
 
 
@@ -87,3 +97,26 @@ def test_limits_have_reasons_and_sizes_need_a_folder() -> None:
     assert "type conv" in FAMILY.config_from_hf(lfm2).limits["packed_documents"]
     with pytest.raises(ValueError, match=r"set model\.hf_assets_path"):
         load_family("hf").flavor("debugmodel")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "olmo", "is_causal": False}, "see those behind them"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "see those behind"),
+        (
+            {"model_type": "olmo", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "type dynamic depends on the longest row",
+        ),
+        ({"model_type": "git"}, "more than one stream"),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else None,
+)
+def test_what_would_read_its_labels_or_other_rows_is_refused(settings: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        FAMILY.config_from_hf({**SHAPE, **settings})
+
+
+def test_only_learned_positions_limit_what_can_be_generated() -> None:
+    assert longest_row(plain(MODELS["gpt2"])) == 64
+    assert longest_row(plain(MODELS["olmo"])) is None

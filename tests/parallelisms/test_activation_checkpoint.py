@@ -65,6 +65,23 @@ def test_every_second_block_computes_one_of_three_twice(ranks: RankPool) -> None
     assert recomputed(ranks, "2") == (PRODUCTS_OF_A_BLOCK, 1)
 
 
+def test_logits_of_each_chunk_are_computed_twice_unless_nothing_is(ranks: RankPool) -> None:
+    def products_of_chunks(mode: str) -> int:
+        cases = (Case(shard=2, checkpointing=mode, chunks=chunks) for chunks in (True, False))
+        chunked, whole = (ranks(2, counts_and_gradients, c)[0][0]["products"] for c in cases)
+        return chunked - whole
+
+    chunks = 7  # of 10 of a rank's 64 tokens
+    assert products_of_chunks("full") - products_of_chunks("none") == chunks
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("always", True), ("never", False)])
+def test_what_happens_to_logits_can_be_asked_for(asked: Any, expected: bool) -> None:
+    for mode in ("none", "full"):
+        config = ActivationCheckpointConfig(mode=mode, recompute_logits=asked)
+        assert config.recomputes_logits == expected
+
+
 def test_per_operation_keeps_attention_and_every_second_product(ranks: RankPool) -> None:
     assert recomputed(ranks, "op") == (PRODUCTS_OF_A_BLOCK // 2 * BLOCKS, 0)
 
