@@ -226,6 +226,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--layers", type=int, default=32, help="blocks; 32 is Llama 8B")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--scratch", type=Path, help="where to write the folder")
+    parser.add_argument("--only", default="", help="layouts whose name holds this text")
     for name in ("--folder", "--result"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     for name in ("--layout", "--way"):
@@ -240,7 +241,7 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(scratch) / "model"
         total = write_folder(folder, options.layers)
         rows: list[dict[str, Any]] = []
-        for layout in LAYOUTS:
+        for layout in (name for name in LAYOUTS if options.only in name):
             extra = (AS_ON_TWO_NODES,) if layout.startswith("HSDP") else ()
             for way in (*WAYS, *extra):
                 rows.append(measure(folder, layout, way, options.device, total))
@@ -249,7 +250,7 @@ def main(arguments: Sequence[str]) -> int:
         "suite": "import-folder",
         "machine": {**machine_report(), "cpus": f"{os.cpu_count()} CPU cores"},
         "command": f"python -m scripts.bench.import_folder --layers {options.layers} "
-        f"--device {options.device}",
+        f"--device {options.device}" + f" --only {options.only}" * bool(options.only),
         "ranks": 4,
         "weights_gb": round(total / 1e9, 3),
         "bounds": {"seconds": SECONDS_ALLOWED},
