@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.cli import run_command
 from engine.convert import checkpoint_to_hf, compare_logits, find_step, hf_to_checkpoint
 from engine.loop import fit
+from engine.reference import build_reference
 from engine.rules import gather_facts
 from scripts.generate import main as generate
 from tests.engine.test_preference_run import run as run_on_pairs
@@ -106,14 +108,23 @@ def test_a_resumed_run_with_frozen_layers_is_the_uninterrupted_one(tmp_path: Pat
 
 
 def test_the_reference_of_a_wrapped_model_starts_as_it_does_and_may_be_its_own_folder(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    built: list[torch.nn.Module] = []
+
+    def kept(*args: Any) -> torch.nn.Module:
+        built.append(build_reference(*args))
+        return built[-1]
+
+    monkeypatch.setattr("engine.reference.build_reference", kept)
     folder_without_prefix(tmp_path / "hf")
     write_pairs(tmp_path / "pairs.jsonl", range(6))
     write_pairs(tmp_path / "held_out.jsonl", range(6, 9))
     once = ("--model.name=hf", "--training.seq_len=60", "--training.steps=1")
     rows = run_on_pairs(tmp_path, "run", *once, "--validation.no_enable")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    # The tied embedding is of the model's own unit, which FSDP leaves gathered in a forward pass.
+    assert all(isinstance(one, DTensor) for one in built[0].parameters())
     named = ("--model.name=hf", "--objective.name=dpo")
     named += (f"--objective.reference_path={tmp_path / 'hf'}",)
     facts, _ = gather_facts(tiny_config(tmp_path, *named), 1)
