@@ -39,7 +39,13 @@ from engine.neftune import EmbeddingNoise
 from engine.objectives import Objective
 from engine.optim import build_optimizer
 from engine.provenance import checkpoint_files
-from engine.reference import Policy, open_reference
+from engine.reference import (
+    FoundReference,
+    Policy,
+    find_reference,
+    open_reference,
+    refuse_other_reference,
+)
 from engine.rules import model_needs
 from engine.run_folder import RunFolder
 from engine.stalls import HOST_SYNCS_OF_A_STEP, StallWatch
@@ -121,9 +127,10 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     checkpointer = _build_checkpointer(
         config, dims, architecture, tokenizer, folder, state.data_fingerprint
     )
-    _fill_weights(config, architecture, checkpointer, state)
     policy = Policy(config, dims, world.device, architecture, checkpointer)
-    reference = open_reference(policy, objective, read)
+    found = find_reference(policy, objective)
+    _fill_weights(policy, state, found)
+    reference = open_reference(policy, found, read)
     meter = _build_meter(config, world, architecture, state)
     stalls = _build_stall_watch(config, architecture, world)
     return Run(
@@ -266,20 +273,21 @@ def _generation_config(
     return {**found, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
-def _fill_weights(
-    config: JobConfig, architecture: Architecture, checkpointer: Checkpointer, state: TrainingState
-) -> None:
+def _fill_weights(policy: Policy, state: TrainingState, reference: FoundReference | None) -> None:
     """Give the parameters their values: from a checkpoint where there is one, else initial ones."""
-    section = config.checkpoint
+    state.reference = reference.identity if reference else {}
+    config, checkpointer, section = policy.config, policy.checkpointer, policy.config.checkpoint
     for key in ("initial_load_path", "initial_load_in_hf"):
         if getattr(section, key) and not section.enable:
             log.warning("checkpoint.%s has no effect: checkpoint.enable = false", key)
     source = checkpointer.find(only_model=config.validation.only)
     if source is None or section.initial_load_allow:
         log.info("starting from initial values, seed %d", config.debug.effective_seed)
-        draw = architecture.initial_values(state.model, seed=config.debug.effective_seed)
+        draw = policy.architecture.initial_values(state.model, seed=config.debug.effective_seed)
         fill(state.model, draw)
     if source is not None:
+        if source.kind == "resume":
+            refuse_other_reference(reference, config, source)
         if source.kind == "hf" and not section.initial_load_path:
             log.info("no checkpoint.initial_load_path: the weights are model.hf_assets_path's")
         checkpointer.load(state, source)

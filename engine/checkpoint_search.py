@@ -55,16 +55,23 @@ def own_step(
     return Source(kind="resume", path=found[0], step=found[1].step, only_model=only_model)
 
 
-def initial_source(path: Path, ranks: RankGroup, *, in_hf: bool, only_model: bool) -> Source:
-    """Return what `checkpoint.initial_load_path` names; a ValueError where it cannot be used."""
+def initial_source(
+    path: Path,
+    ranks: RankGroup,
+    *,
+    in_hf: bool,
+    only_model: bool,
+    key: str = "checkpoint.initial_load_path",
+) -> Source:
+    """Return what the setting `key` names; a ValueError where it cannot be used."""
     if not path.is_dir():
         raise ValueError(
-            f"checkpoint.initial_load_path = {str(path)!r} is not a folder; give a checkpoint "
-            f"step, a folder of steps, or a Hugging Face folder"
+            f"{key} = {str(path)!r} is not a folder; give a checkpoint step, a folder of steps, or "
+            "a Hugging Face folder"
         )
     if in_hf:
         return Source(kind="hf", path=path, step=0, only_model=True)
-    found, manifest = initial_step(path, ranks, model_suffices=only_model)
+    found, manifest = initial_step(path, ranks, model_suffices=only_model, key=key)
     return Source(kind="initial", path=found, step=manifest.step, only_model=only_model)
 
 
@@ -151,13 +158,19 @@ def verify_or_refuse(path: Path, ranks: RankGroup, *, model_suffices: bool) -> M
     return manifest
 
 
-def initial_step(path: Path, ranks: RankGroup, *, model_suffices: bool) -> tuple[Path, Manifest]:
-    """Return the step at `path`, which is a step folder or a folder of steps."""
+def initial_step(
+    path: Path,
+    ranks: RankGroup,
+    *,
+    model_suffices: bool,
+    key: str = "checkpoint.initial_load_path",
+) -> tuple[Path, Manifest]:
+    """Return the step at `path`, which is a step folder or a folder of steps; `key` names it."""
     if not ranks.on_first(lambda: bool(steps_in(path))):
         return path, verify_or_refuse(path, ranks, model_suffices=model_suffices)
     found = newest_step(path, ranks, model_suffices=model_suffices, tidy=False)
     if found is None:
-        raise ValueError(f"checkpoint.initial_load_path = {str(path)!r} holds no complete step")
+        raise ValueError(f"{key} = {str(path)!r} holds no complete step")
     return found
 
 

@@ -50,6 +50,9 @@ class TrainingState:
     data_fingerprint: str = ""
     """What `rows_consumed` counts in; a full load refuses a cursor into other data."""
 
+    reference: dict[str, str] = field(default_factory=dict[str, str])
+    """What answers are compared with, as `reference.py` tells one from another; empty: nothing."""
+
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name, sharded, a tied one once."""
@@ -95,8 +98,17 @@ def count_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def encode_counters(state: TrainingState) -> bytes:
     """Return the content of `counters.json`."""
-    content = {"counters": state.counters, "data_fingerprint": state.data_fingerprint}
+    content = {
+        "counters": state.counters,
+        "data_fingerprint": state.data_fingerprint,
+        "reference": state.reference,
+    }
     return json.dumps(content, indent=1, sort_keys=True).encode()
+
+
+def saved_reference(folder: Path) -> dict[str, str]:
+    """Return `TrainingState.reference` as a checkpoint has it, empty where it has none."""
+    return json.loads((folder / COUNTERS_NAME).read_text()).get("reference", {})
 
 
 def restore(

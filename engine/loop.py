@@ -177,7 +177,7 @@ def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
         grad_norm=report.grad_norm,
         lr=config.optimizer.lr * factor,
         extra={
-            **_told(report.metrics),
+            **objective_row(report.metrics),
             **run.stalls.take(),
             "skipped_steps": run.trainer.nonfinite.num_skipped_steps,
             **_source_row(run, report),
@@ -185,11 +185,15 @@ def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
     )
 
 
-def _told(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return the metrics of an objective; the perplexity is that of its NLL, not of its loss."""
-    if (nll := metrics.get("nll")) is None:
+def objective_row(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the metrics of an objective; the perplexity is that of its NLL, not of its loss.
+
+    There is none in a step whose rows hold no answer that the NLL counts.
+    """
+    if "nll" not in metrics:
         return dict(metrics)
-    return {"perplexity": math.exp(min(nll, 700.0)), **metrics}
+    nll = metrics["nll"]
+    return {"perplexity": None if nll is None else math.exp(min(nll, 700.0)), **metrics}
 
 
 def _source_row(run: Run, report: StepReport) -> dict[str, float | None]:

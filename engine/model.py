@@ -18,6 +18,14 @@ from models.registry import ModelFamily, family_for_hf, load_family
 from models.sizes import ModelSizes
 from parallelisms.materialise import Draw
 
+UNFELT = frozenset(
+    {
+        *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache"),
+    }
+)
+"""Keys of a config.json that do not change what given weights compute."""
+
 log = logging.getLogger("tessera")
 
 
@@ -123,6 +131,29 @@ def find_architecture(config: ModelConfig) -> Architecture:
     return Architecture(
         family=family, config=family.flavor(config.flavor), origin=f"flavor {config.flavor}"
     )
+
+
+def difference_from(folder: Path, config: ModelConfig, sizes: Any) -> str | None:
+    """Say in what the model of a folder's config.json computes otherwise than one of `sizes`.
+
+    That is the first key that differs, or why the run's family cannot read the file; None where
+    the two are the same. Dropout, which is never applied, does not count.
+    """
+    named = load_family(config.name)
+    settings = named.settings or named.config_to_hf
+    try:
+        theirs = settings(named.config_from_hf(read_hf_config(folder)))
+    except ValueError as error:
+        return str(error)
+    ours = settings(sizes)
+    # Where it is more than a limit, our families have it among the rotary settings.
+    unfelt = UNFELT if named.settings else UNFELT | {"max_position_embeddings"}
+    for key in dict.fromkeys([*ours, *theirs]):
+        if key in unfelt or key.endswith(("dropout", "pdrop")):
+            continue
+        if ours.get(key) != theirs.get(key):
+            return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} in the run"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

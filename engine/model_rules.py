@@ -33,9 +33,9 @@ USES: dict[Feature, _Use] = {
         remedy="set it to 1",
     ),
     "packed_documents": _Use(
-        keys=("data.packing", "model.name"),
+        keys=("data.packing", "data.format", "model.name"),
         applies=lambda f: f.packs_documents,
-        remedy="set data.packing = 'none'",
+        remedy="{f.packing_remedy}",
     ),
     "embedding_noise": _Use(
         keys=("training.neftune_noise_alpha", "model.name"),

@@ -1,4 +1,4 @@
-"""The reference model of preference objectives: frozen, laid out as the policy, or asked only once.
+"""The reference model of preference objectives: frozen, on the policy's plan, or asked only once.
 
 What it is asked for are the log-probabilities of whole answers. They are the same whether it reads
 every microbatch or all pairs before training, when a file in the cache folder keeps them.
@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,23 +20,24 @@ from torch import nn
 from engine.batches import token_rows
 from engine.checkpoint import Checkpointer, TrainingState
 from engine.checkpoint_search import Source, initial_source
+from engine.checkpoint_state import saved_reference
 from engine.checkpoint_storage import RankGroup
 from engine.config import JobConfig
 from engine.data.batch import Batch
 from engine.data.cache import build_once, cache_root, digest_of, file_digest, is_complete
 from engine.data.loader import DataloaderConfig, validation_batches
 from engine.data.rows import RowSource, TokenRows
-from engine.hf_io import CONFIG_NAME
+from engine.hf_weights import INDEX_NAME, has_weights
+from engine.manifest import read_manifest
 from engine.model import Architecture
 from engine.objectives import Objective
 from engine.objectives import SequenceSum as SumOfSequence
 from engine.objectives._answers import answers_of
 from engine.step import Reference, local_tokens, model_inputs
-from models.initialise import initial_values
 from parallelisms.activation_checkpoint import ActivationCheckpointConfig
 from parallelisms.apply import parallelize
 from parallelisms.collectives import SequenceSum, sum_over
-from parallelisms.fsdp import PrecisionConfig
+from parallelisms.fsdp import PrecisionConfig, reshard
 from parallelisms.materialise import fill, materialise
 from parallelisms.mesh import ParallelDims
 
@@ -48,7 +48,10 @@ FILE_NAME = "logps.npy"
 
 
 class ReferenceModel:
-    """Gives a microbatch what a frozen model makes of its answers."""
+    """Gives a microbatch what a frozen model makes of its answers.
+
+    No parameter stays gathered between two calls.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -60,6 +63,7 @@ class ReferenceModel:
         Every rank must call this with its part of the same microbatches.
         """
         logps_BT = self._model(batch.tokens_BT, **model_inputs(batch))
+        reshard(self._model)
         answers = answers_of(logps_BT, batch, sequence_sum)
         return replace(batch, reference_logps_BP2=answers.logps_BP2)
 
@@ -73,7 +77,7 @@ class Preparation:
     root: Path
     """The cache folder."""
 
-    weights: str
+    reference: str
     """Digest of the reference model."""
 
     local_batch_size: int
@@ -100,37 +104,87 @@ class Policy:
         return section.initial_load_path or (assets if section.initial_load_in_hf else None)
 
 
-def open_reference(
-    policy: Policy, objective: Objective, read: Sequence[RowSource]
-) -> Reference | None:
-    """Return what a step asks, or give all rows that are `read` the answers and return None.
+@dataclass(frozen=True, slots=True)
+class FoundReference:
+    """A reference of which nothing is loaded yet."""
 
-    None too where the objective uses no reference. Every rank must call this.
+    source: Source | None
+    """Where its weights are; None: they are the initial values of the run."""
+
+    name: str
+    """The same in words."""
+
+    weights: str
+    """Digest of its weights."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint keeps of it."""
+        return {"name": self.name, "weights": self.weights}
+
+
+def find_reference(policy: Policy, objective: Objective) -> FoundReference | None:
+    """Return the reference of a run, None where its objective uses none.
+
+    Every rank must call this; the first one reads the files.
     """
     if not objective.uses_reference:
         return None
-    config, sizes = policy.config, policy.architecture.config
-    source = reference_source(policy)
-    said = str(source.path) if source else f"initial values, seed {config.debug.effective_seed}"
-    log.info("reference model: %s, %s", said, config.objective.reference)
-    if config.objective.reference == "online":
-        return ReferenceModel(build_reference(policy, source))
+    config, source = policy.config, reference_source(policy)
+    seed, allowed = config.debug.effective_seed, config.checkpoint.initial_load_allow
+    drawn: dict[str, object] = {}
+    if source is None or allowed:
+        drawn = {"seed": seed, "anew": allowed if source else []}
     root = cache_root(config.data.cache_folder)
+    ranks = RankGroup()
+    try:
+        weights = ranks.on_first(lambda: weights_digest(source, drawn, root))
+    finally:
+        ranks.close()
+    name = str(source.path.absolute()) if source else f"initial values, seed {seed}"
+    log.info("reference model: %s, %s", name, config.objective.reference)
+    return FoundReference(source, name, weights)
+
+
+def refuse_other_reference(found: FoundReference | None, config: JobConfig, own: Source) -> None:
+    """Raise ValueError where a step of this run was trained against another reference."""
+    saved = saved_reference(own.path)
+    if found is None or not saved or saved["weights"] == found.weights:
+        return
+    raise ValueError(
+        f"objective.reference_path = {config.objective.reference_path!r}: {own.path} was trained "
+        f"against {saved['name']} with weights {saved['weights'][:12]}, and this run would compare "
+        f"with {found.name}, {found.weights[:12]}; give objective.reference_path the folder that "
+        "it was trained against (initial values: the settings that it started with), or start anew "
+        "in another job.dump_folder"
+    )
+
+
+def open_reference(
+    policy: Policy, found: FoundReference | None, read: Sequence[RowSource]
+) -> Reference | None:
+    """Return what a step asks, or give all rows that are `read` the answers and return None.
+
+    None too where there is no reference. Every rank must call this.
+    """
+    if found is None:
+        return None
+    config, architecture = policy.config, policy.architecture
+    if config.objective.reference == "online":
+        return ReferenceModel(build_reference(policy, found.source))
     facts = {
-        "architecture": policy.architecture.family.config_to_hf(sizes),
+        "architecture": architecture.family.config_to_hf(architecture.config),
         "dtype": config.training.mixed_precision_param,
-        "seed": config.debug.effective_seed if source is None else None,
-        "anew": config.checkpoint.initial_load_allow if source else [],
     }
     settings = Preparation(
         dims=policy.dims,
         device=policy.device,
-        root=root,
-        weights=weights_digest(source, facts, root),
+        root=cache_root(config.data.cache_folder),
+        reference=digest_of(LAYOUT, found.weights, _text(facts)),
         local_batch_size=config.training.local_batch_size,
         pad_to_multiple=config.parallelism.token_multiple,
     )
-    prepare(token_rows(read), lambda: build_reference(policy, source), settings)
+    prepare(token_rows(read), lambda: build_reference(policy, found.source), settings)
     return None
 
 
@@ -147,7 +201,7 @@ def build_reference(policy: Policy, source: Source | None) -> nn.Module:
         model,
         policy.architecture.plan,
         policy.dims,
-        parallel=config.parallelism,
+        parallel=replace(config.parallelism, fsdp_reshard_after_forward="always"),
         precision=PrecisionConfig(
             param_dtype=dtype,
             reduce_dtype=dtype,
@@ -162,7 +216,7 @@ def build_reference(policy: Policy, source: Source | None) -> nn.Module:
     materialise(model, parameters_on, computes_on=policy.device)
     seed = config.debug.effective_seed
     if source is None or config.checkpoint.initial_load_allow:
-        fill(model, initial_values(model, policy.architecture.config, seed=seed))
+        fill(model, policy.architecture.initial_values(model, seed=seed))
     if source is not None:
         state = TrainingState(model=model, optimizer=None, counters={}, data_fingerprint="")
         policy.checkpointer.load(state, source)
@@ -175,28 +229,39 @@ def reference_source(policy: Policy) -> Source | None:
     That is `objective.reference_path`, or what the run itself starts from, also when it is resumed.
     Every rank must call this.
     """
-    path = policy.config.objective.reference_path
+    named, key = policy.config.objective.reference_path, "checkpoint.initial_load_path"
     folder, in_hf = policy.start, policy.config.checkpoint.initial_load_in_hf
-    if path:
-        folder, in_hf = path, (Path(path).expanduser() / CONFIG_NAME).is_file()
+    if named:
+        folder, key = named, "objective.reference_path"
     if not folder:
         return None
-    ranks = RankGroup()
+    path, ranks = Path(folder).expanduser(), RankGroup()
+    if named:
+        in_hf = has_weights(path)
     try:
-        return initial_source(Path(folder).expanduser(), ranks, in_hf=in_hf, only_model=True)
+        return initial_source(path, ranks, in_hf=in_hf, only_model=True, key=key)
     finally:
         ranks.close()
 
 
-def weights_digest(source: Source | None, facts: Mapping[str, Any], root: Path) -> str:
-    """Return the digest of a reference: the bytes of its files, or `facts` that draw its values."""
-    content: list[object] = []
-    if source is not None:
-        files = sorted(path for path in source.path.rglob("*") if path.is_file())
-        if source.kind == "hf":
-            files = [path for path in files if path.suffix in (".safetensors", ".json")]
-        content = [[path.name, file_digest(path, root)] for path in files]
-    return digest_of(LAYOUT, content, json.dumps(facts, sort_keys=True, default=str))
+def weights_digest(source: Source | None, drawn: Mapping[str, object], root: Path) -> str:
+    """Return the digest of a reference's weights: of its files, and of what draws the others.
+
+    A step's manifest has the digests of its files; those of a Hugging Face folder are read, large
+    ones once for a cache folder `root`.
+    """
+    content: list[list[str]] = []
+    if source is not None and source.kind == "hf":
+        files = [*sorted(source.path.glob("*.safetensors")), source.path / INDEX_NAME]
+        content = [[path.name, file_digest(path, root)] for path in files if path.is_file()]
+    elif source is not None:
+        files = read_manifest(source.path).files
+        content = [[name, files[name].digest] for name in sorted(files)]
+    return digest_of(LAYOUT, content, _text(drawn))
+
+
+def _text(facts: Mapping[str, object]) -> str:
+    return json.dumps(facts, sort_keys=True, default=str)
 
 
 def prepare(
@@ -231,7 +296,7 @@ def prepare(
 
 
 def _folder(rows: TokenRows, settings: Preparation) -> Path:
-    key = digest_of(settings.weights, rows.file.digest, rows.seq_len)
+    key = digest_of(settings.reference, rows.file.digest, rows.seq_len)
     return settings.root / "references" / key
 
 

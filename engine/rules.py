@@ -6,11 +6,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from engine.model import ModelNeeds, choose_backend, find_architecture
+from engine.data.config import PREFERENCE_FORMATS
+from engine.hf_io import CONFIG_NAME
+from engine.manifest import step_folder, steps_in
+from engine.model import ModelNeeds, choose_backend, difference_from, find_architecture
+from engine.objectives import WITH_REFERENCE
+from engine.provenance import HF_PREFIX
 from engine.schema import value_of
 from models.sizes import Feature, ModelSizes
 
@@ -141,14 +147,58 @@ class Facts:
         return {feature: self.refusal(feature) for feature in get_args(Feature)}
 
     @property
+    def sources_read(self) -> set[tuple[str, str]]:
+        """Dataset and format of every source that will be read."""
+        config, form = self.config, self.config.data.format
+        found = config.data.read(config.training.dataset) if self.trains else set()
+        if self.validates:
+            held_out = {(one.dataset, one.format or form) for one in config.validation.sources}
+            found = found | (held_out or {(config.validation.dataset, form)})
+        return found
+
+    @property
+    def reads_preferences(self) -> bool:
+        """Whether rows hold answers to compare, each with another beside it."""
+        return any(
+            name != "dummy" and form in PREFERENCE_FORMATS for name, form in self.sources_read
+        )
+
+    @property
     def packs_documents(self) -> bool:
-        """Whether rows hold several documents; dummy rows are one each."""
-        data, config = self.config.data, self.config
-        read = [*data.read(config.training.dataset)] * self.trains
-        if self.validates and not config.validation.sources:
-            read += data.read(config.validation.dataset)
-        has_documents = any(dataset != "dummy" for dataset, _ in read)
-        return data.packing != "none" and (has_documents or bool(config.validation.sources))
+        """Whether rows hold several documents; preferences always do, dummy rows never."""
+        has_documents = any(dataset != "dummy" for dataset, _ in self.sources_read)
+        is_packed = self.config.data.packing != "none" and has_documents
+        return is_packed or self.reads_preferences
+
+    @property
+    def packing_remedy(self) -> str:
+        """What makes rows of one document."""
+        if self.reads_preferences:
+            return "train another model: two answers are compared in one row, however it is packed"
+        return "set data.packing = 'none'"
+
+    @property
+    def reference_folder(self) -> Path | None:
+        """The folder of `objective.reference_path`, where this machine is to read it."""
+        objective = self.config.objective
+        if not self.is_here or objective.name not in WITH_REFERENCE or not objective.reference_path:
+            return None
+        return Path(objective.reference_path).expanduser()
+
+    @property
+    def reference_difference(self) -> str | None:
+        """In what that folder's config.json is another model's; None where it is not, or none.
+
+        A step has its config.json under `hf/`, and the steps of a folder are of one model.
+        """
+        folder = self.reference_folder
+        if folder is None or self.decoder is None:
+            return None
+        steps = [folder, *(step_folder(folder, step) for step in steps_in(folder)[-1:])]
+        for place in (folder, *(step / HF_PREFIX for step in steps)):
+            if (place / CONFIG_NAME).is_file():
+                return difference_from(place, self.config.model, self.decoder)
+        return None
 
     @property
     def longest_row(self) -> int:

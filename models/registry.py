@@ -47,6 +47,10 @@ class ModelFamily:
     key_map: Callable[[Any], "KeyMap"]
     """Translate parameter names to and from a Hugging Face checkpoint."""
 
+    settings: Callable[[Any], Mapping[str, object]] | None = None
+    """Takes the place of `config_to_hf` where models are compared; for a family whose config.json
+    may leave out what has a default."""
+
     initial_values: Callable[..., Callable[..., Any]] | None = None
     """Takes the place of the function of that name in `models/initialise.py`."""
 

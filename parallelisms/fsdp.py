@@ -99,6 +99,16 @@ def apply_fsdp(
             _sum_gradients(module, mesh)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what the last forward pass left gathered, where no backward pass will.
+
+    The next one gathers again. Every rank may call this alone.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _leave_no_view(module: nn.Module, args: Any, output: Any) -> Any:
     # FSDP hooks the gradient of what leaves a unit, and warns on every rank that an in-place
     # change of a view would drop the hook; log-probabilities are few, so copy them.

@@ -65,9 +65,9 @@ class ObjectiveConfig:
     """Weight of those that are not."""
 
     reference: Literal["online", "precomputed"] = "online"
-    """Where dpo and kto have the reference's log-probabilities from: a frozen second model, laid
-    out as the first and kept in `training.mixed_precision_param`, that reads every batch; or a
-    file in the cache folder, which it writes once before training."""
+    """Where dpo and kto have the reference's log-probabilities from: a frozen second model on
+    the plan of the first, kept in `training.mixed_precision_param` and gathered a block at a time,
+    that reads every batch; or a file in the cache folder, which it writes once before training."""
 
     reference_path: str = ""
     """Hugging Face folder, checkpoint step or folder of steps with the reference's weights; empty

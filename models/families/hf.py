@@ -7,12 +7,17 @@ from models.registry import ModelFamily
 from models.weights import KeyMap
 from models.wrapped.describe import WrappedSizes, describe
 from models.wrapped.initial import initial_values
-from models.wrapped.module import build
+from models.wrapped.module import build, read_config
 
 
 def config_to_hf(config: WrappedSizes) -> dict[str, object]:
     """Return the config.json that was read."""
     return dict(config.hf)
+
+
+def settings(config: WrappedSizes) -> dict[str, object]:
+    """Return the config.json with transformers' defaults for what it leaves out."""
+    return read_config(config.hf).to_dict()
 
 
 def key_map(config: WrappedSizes) -> KeyMap:
@@ -43,5 +48,6 @@ FAMILY = ModelFamily(
     build=build_wrapped,
     plan=lambda config: config.plan,
     key_map=key_map,
+    settings=settings,
     initial_values=initial_values,
 )

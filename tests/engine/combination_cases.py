@@ -141,7 +141,7 @@ PREFERENCE_CASES = {
     ),
     "reference_that_does_not_exist": Case(
         refused=f"objective.name=dpo {PAIRS} objective.reference_path=/no/such/folder",
-        allowed=f"objective.name=dpo {PAIRS} objective.reference_path=.",
+        allowed=f"objective.name=orpo {PAIRS}",
     ),
     "reference_of_another_model": Case(
         refused=f"objective.name=dpo {PAIRS} objective.reference_path={ANOTHER}",

@@ -1,6 +1,7 @@
 """Runs of `model.name = "hf"`: weights in and out, resumed, frozen, converted, completed."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.cli import run_command
 from engine.convert import checkpoint_to_hf, compare_logits, find_step, hf_to_checkpoint
 from engine.loop import fit
+from engine.reference import build_reference
+from engine.rules import gather_facts
 from scripts.generate import main as generate
+from tests.engine.test_preference_run import run as run_on_pairs
+from tests.engine.test_preference_run import write as write_pairs
 from tests.engine.tiny_run import SIZES, packed_documents, rows_of_run, tiny_config, tiny_folder
 from tests.parity.wrapped_cases import MODELS, wrapped
 
@@ -99,3 +105,34 @@ def test_a_resumed_run_with_frozen_layers_is_the_uninterrupted_one(tmp_path: Pat
     start = dict(wrapped(GPT2, seed=42).named_parameters())
     moved = {name for name, tensor in first.items() if not torch.equal(tensor, start[name])}
     assert moved == {n for n in start if ".wte." not in n and ".h.0." not in n}
+
+
+def test_the_reference_of_a_wrapped_model_starts_as_it_does_and_may_be_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[torch.nn.Module] = []
+
+    def kept(*args: Any) -> torch.nn.Module:
+        built.append(build_reference(*args))
+        return built[-1]
+
+    monkeypatch.setattr("engine.reference.build_reference", kept)
+    folder_without_prefix(tmp_path / "hf")
+    write_pairs(tmp_path / "pairs.jsonl", range(6))
+    write_pairs(tmp_path / "held_out.jsonl", range(6, 9))
+    once = ("--model.name=hf", "--training.seq_len=60", "--training.steps=1")
+    rows = run_on_pairs(tmp_path, "run", *once, "--validation.no_enable")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    # The tied embedding is of the model's own unit, which FSDP leaves gathered in a forward pass.
+    assert all(isinstance(one, DTensor) for one in built[0].parameters())
+    named = ("--model.name=hf", "--objective.name=dpo")
+    named += (f"--objective.reference_path={tmp_path / 'hf'}",)
+    facts, _ = gather_facts(tiny_config(tmp_path, *named), 1)
+    assert facts.reference_difference is None
+    for changes, said in (
+        ({"resid_pdrop": 0.3, "activation_function": "gelu_new"}, None),
+        ({"activation_function": "relu"}, "activation_function is 'relu' there and 'gelu_new'"),
+    ):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({**GPT2, **changes}))
+        found = facts.reference_difference
+        assert (said in (found or "")) if said else found is None, found

@@ -52,6 +52,8 @@ def encode(
     for place, chosen, rejected in zip(places, found[::2], found[1::2], strict=True):
         try:
             check_answers(dict(zip(SIDES, (chosen, rejected), strict=True)))
+            if chosen[0] == rejected[0]:
+                raise ValueError("'chosen' and 'rejected' become the same tokens")
             documents.append(joined(chosen, rejected))
         except ValueError as error:
             bad.report(place, str(error))

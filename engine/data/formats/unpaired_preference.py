@@ -44,9 +44,10 @@ def encode(
     kept: list[tuple[Place, bool]] = []
     rendered: list[Rendered] = []
     chats = [answered for _, answered, _ in read]
-    for number, (place, answered, is_desirable) in enumerate(read):
+    beside = next_prompts(chats)
+    for (place, answered, is_desirable), number in zip(read, beside, strict=True):
         try:
-            other = with_answer_of(answered, chats[_next_prompt(chats, number)])
+            other = with_answer_of(answered, chats[number])
             rendered += [render_answer(template, answered), render_answer(template, other)]
             kept.append((place, is_desirable))
         except ValueError as error:
@@ -62,11 +63,16 @@ def encode(
     return documents
 
 
-def _next_prompt(chats: Sequence[Conversation], number: int) -> int:
-    """Return the place of the next conversation with other turns before its answer, or `number`."""
-    prompt = without_answer(chats[number])
-    for step in range(1, len(chats)):
-        place = (number + step) % len(chats)
-        if without_answer(chats[place]) != prompt:
-            return place
-    return number
+def next_prompts(chats: Sequence[Conversation]) -> list[int]:
+    """Return for each conversation the place of the next with other turns before its answer.
+
+    Behind the last comes the first. Where all have the same turns there, it is its own place.
+    """
+    prompts = [without_answer(one) for one in chats]
+    found = list(range(len(chats)))
+    # Twice round from the end: what follows the last conversations is known after the first.
+    for place in [*reversed(range(len(chats)))] * 2:
+        following = (place + 1) % len(chats)
+        is_other = prompts[following] != prompts[place]
+        found[place] = following if is_other else found[following]
+    return [there if prompts[there] != prompts[here] else here for here, there in enumerate(found)]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Row
 from engine.data.config import DataConfig
 from engine.data.conversation import Conversation
+from engine.data.formats.unpaired_preference import next_prompts
 from engine.data.loader import DataloaderConfig, train_batches
 from engine.data.preferences import read_labelled, read_pair
 from engine.data.rows import RowSource, TokenRows
@@ -108,6 +110,13 @@ def test_a_template_that_writes_other_prompts_for_other_answers_is_refused(
     )
     with pytest.raises(ValueError, match="'chosen' and 'rejected' become different tokens"):
         pair_rows([pair(1)], chat_template=str(template))
+    template.write_text(
+        "{% for m in messages %}{% generation %}{{ m['content'] | trim }}{% endgeneration %}"
+        "{% endfor %}"
+    )
+    same = {"prompt": "q?", "chosen": "good.", "rejected": "good. "}
+    with pytest.raises(ValueError, match="'chosen' and 'rejected' become the same tokens"):
+        pair_rows([same], chat_template=str(template))
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
@@ -170,6 +179,15 @@ def test_a_labelled_answer_lies_beside_its_prompt_with_another_answer(
         f"Answer {n}.": (str(n // 2), 1 if n % 3 == 0 else -1, f"Answer {(n // 2 * 2 + 2) % 6}.")
         for n in range(6)
     }
+    for prompts in product("ab", repeat=5):
+        chats = [
+            Conversation(messages=turns(prompt, "x"), tools=None, is_trained=[True])
+            for prompt in prompts
+        ]
+        ring = [*range(5), *range(5)]
+        assert next_prompts(chats) == [
+            next((m for m in ring[n:] if prompts[m] != prompts[n]), n) for n in range(5)
+        ]
     with pytest.raises(ValueError, match="'label' is 'yes'"):
         pair_rows([{**records[0], "label": "yes"}], format="unpaired_preference")
 
