@@ -115,8 +115,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
         frozen=config.model.freeze,
     )
     _log_frozen(model)
-    parameters_on = "cpu" if config.training.enable_cpu_offload else world.device
-    materialise(model, parameters_on, computes_on=world.device)
+    materialise(model, config.training.parameters_on(world.device), computes_on=world.device)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     state = TrainingState(
         model=model,

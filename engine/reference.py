@@ -212,8 +212,7 @@ def build_reference(policy: Policy, source: Source | None) -> nn.Module:
         compile=config.compile,
         frozen=["regex:.*"],
     )
-    parameters_on = "cpu" if config.training.enable_cpu_offload else policy.device
-    materialise(model, parameters_on, computes_on=policy.device)
+    materialise(model, config.training.parameters_on(policy.device), computes_on=policy.device)
     seed = config.debug.effective_seed
     if source is None or config.checkpoint.initial_load_allow:
         fill(model, policy.architecture.initial_values(model, seed=seed))

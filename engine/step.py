@@ -105,6 +105,10 @@ class TrainingConfig:
                 "number, such as 5.0, or 0 for no noise"
             )
 
+    def parameters_on(self, device: torch.device) -> torch.device:
+        """Return where parameters lie when `device` computes."""
+        return torch.device("cpu") if self.enable_cpu_offload else device
+
     def rows_per_step(self, batch_degree: int) -> int:
         """Return the rows of one optimizer step over `batch_degree` data-parallel ranks."""
         one_microbatch_each = self.local_batch_size * batch_degree
