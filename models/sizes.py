@@ -80,6 +80,16 @@ class ModelSizes(Protocol):
         ...
 
     @property
+    def max_position_embeddings(self) -> int | None:
+        """Tokens that the model was made for, where that is known."""
+        ...
+
+    @property
+    def kernels(self) -> str:
+        """What computes norms, SwiGLU, rotary embedding and the scores of labels."""
+        ...
+
+    @property
     def attention_softcap(self) -> float | None:
         """What its backend must cap scores at, softly; None: nothing."""
         ...

@@ -96,7 +96,6 @@ def test_eight_ranks(ranks: RankPool, case: Case) -> None:
 AOT_EAGER = [
     Case(cp=2, checkpointing="op", backend="aot_eager"),
     Case(cp=2, context="ulysses", checkpointing="op", packed=False, backend="aot_eager"),
-    Case(cp=2, tp=2, context="ulysses", backend="aot_eager"),
     Case(cp=2, tp=2, context="ring", backend="aot_eager"),
 ]
 

@@ -81,7 +81,6 @@ def test_eight_ranks(ranks: RankPool, case: Case) -> None:
 
 AOT_EAGER = [
     Case(shard=2, backend="aot_eager", checkpointing="2", tied=True),
-    Case(replicate=2, backend="aot_eager", checkpointing="op", accumulate=2),
     Case(tp=2, backend="aot_eager", vocab=61, chunks=True),
     Case(tp=2, sequence=False, backend="aot_eager", checkpointing="full", bias=True, tied=True),
     Case(tp=2, backend="aot_eager", checkpointing="budget", loss_parallel=False, neftune=True),
