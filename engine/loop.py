@@ -1,7 +1,6 @@
 """The life of a run: steps, and when to log, validate, save and stop."""
 
 import logging
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -19,6 +18,7 @@ from engine.distributed import (
 from engine.evaluate import Validation, evaluate
 from engine.health import GarbageCollector, SignalWatcher
 from engine.logging import Output, environment_report, start_logging
+from engine.metrics import perplexity
 from engine.profiling import Profiler
 from engine.run_folder import Difference, RunFolder, unwritable
 from engine.schedule import lr_factor, set_learning_rate, shortening
@@ -193,7 +193,7 @@ def objective_row(metrics: Mapping[str, float | None]) -> dict[str, float | None
     if "nll" not in metrics:
         return dict(metrics)
     nll = metrics["nll"]
-    return {"perplexity": None if nll is None else math.exp(min(nll, 700.0)), **metrics}
+    return {"perplexity": None if nll is None else perplexity(nll), **metrics}
 
 
 def _source_row(run: Run, report: StepReport) -> dict[str, float | None]:

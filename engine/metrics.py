@@ -74,6 +74,11 @@ class MetricsConfig:
         return step in (1, last_step) or step % self.log_freq == 0
 
 
+def perplexity(nll: float) -> float:
+    """Return the exponential of a mean negative log-probability; infinite past what floats hold."""
+    return math.exp(nll) if nll < 700.0 else math.inf
+
+
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bf16 FLOP/s of a device by its name, or none if it is not in the table."""
     words = set(re.split(r"[^A-Za-z0-9]+", device_name))
@@ -237,7 +242,7 @@ class Meter:
         row: Row = {
             "step": step,
             "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700.0 else math.inf,
+            "perplexity": perplexity(loss),
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens": int(self._tokens_so_far),

@@ -1,22 +1,17 @@
-"""Random tiny models of transformers, several of each family, and ours with the same weights.
+"""Random tiny models of transformers, several of each family, and their tensors by our names.
 
 A family comes into `python -m engine.verify families` with an entry in `MODELS`.
 """
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.decoder import DecoderLM
 from models.registry import family_for_hf
 from models.weights import KeyMap
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -136,14 +131,6 @@ def family_of(name: str) -> str:
     return family_for_hf({"model_type": model_type}, or_any=True).name
 
 
-def llama_config(settings: Mapping[str, Any]) -> "LlamaConfig":
-    """Return transformers' configuration; it gets a copy, since it changes what it is given."""
-    from transformers import LlamaConfig  # slow to import, and other commands need none of it
-
-    copy: dict[str, Any] = json.loads(json.dumps(settings))
-    return LlamaConfig(**copy)
-
-
 def random_model(name: str, **overrides: Any) -> Any:
     """Return transformers' model with random weights in fp32, norms and biases included."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -158,20 +145,6 @@ def random_model(name: str, **overrides: Any) -> Any:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
-
-
-def same_in_ours(theirs: Any, folder: Path) -> DecoderLM:
-    """Return our model built from the config.json that transformers writes, weights copied."""
-    theirs.config.save_pretrained(folder)
-    hf_config = json.loads((folder / "config.json").read_text())
-    family = family_for_hf(hf_config)
-    ours = family.build(family.config_from_hf(hf_config))
-    weights = named_as_ours(dict(theirs.named_parameters()), ours, family.key_map(ours.config))
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            parameter.copy_(weights.pop(name))
-    assert not weights, f"transformers has parameters that we lack: {sorted(weights)}"
-    return ours
 
 
 def named_as_ours(

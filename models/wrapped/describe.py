@@ -105,6 +105,7 @@ def _describe(text: str) -> WrappedSizes:
     with torch.device("meta"):
         model = build(hf, backends[0])
     blocks = _block_list(model, config)
+    embedding = _embedding_name(model)
     roles, no_tensor_parallelism = _roles(model, blocks, config)
     tied = _tied(model)
     heads, width = config.num_attention_heads, config.hidden_size
@@ -113,7 +114,7 @@ def _describe(text: str) -> WrappedSizes:
     return WrappedSizes(
         hf=hf,
         plan=ModelPlan(
-            first=(_embedding_name(model),),
+            first=(embedding,),
             blocks=(f"{blocks}.*",),
             last=(model.head_name,),
             tied=tied,
@@ -123,7 +124,7 @@ def _describe(text: str) -> WrappedSizes:
         limits=_limits(model, config, no_tensor_parallelism),
         ignorable=_ignorable(causal_class(config)),
         base_name=model.base_name,
-        vocab_size=model.get_submodule(_embedding_name(model)).num_embeddings,  # pyright: ignore
+        vocab_size=model.get_submodule(embedding).num_embeddings,  # pyright: ignore
         hidden_size=width,
         num_layers=len(list(model.get_submodule(blocks).children())),
         num_heads=heads,
@@ -136,7 +137,7 @@ def _describe(text: str) -> WrappedSizes:
         attention_types=_attention_types(config, window),
         attention=backends[0],
         attention_backends=backends,
-        longest_row=_longest_row(model, config),
+        longest_row=num_positions(model, model.get_submodule(embedding), config),
         notes=_notes(config),
     )
 
@@ -247,11 +248,6 @@ def _attention_types(config: Any, window: int | None) -> tuple[str, ...]:
     if types is None:
         types = [FULL if window is None else SLIDING] * config.num_hidden_layers
     return tuple(SLIDING if kind == SLIDING and window is not None else FULL for kind in types)
-
-
-def _longest_row(model: WrappedLM, config: Any) -> int | None:
-    """Return how many positions have an embedding of their own; None where they need none."""
-    return num_positions(model, model.get_submodule(_embedding_name(model)), config)
 
 
 def _limits(model: WrappedLM, config: Any, no_tensor_parallelism: str | None) -> dict[Feature, str]:

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.verify.variants import llama_config
 from models.flops import parameter_counts
 from models.layers.rope import RopeConfig
 from models.registry import load_family
 from tests.models.tiny import TINY
+from tests.parity.same_weights import llama_config
 
 FAMILY = load_family("llama3")
 SHAPE = {

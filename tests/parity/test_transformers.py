@@ -7,13 +7,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from engine.verify.variants import (
     MODELS,
     SHAPE,
-    llama_config,
     random_model,
-    same_in_ours,
 )
 from models.layers.rope import RotaryEmbedding
 from models.registry import load_family
 from tests.models.tiny import random_tokens
+from tests.parity.same_weights import llama_config, same_in_ours
 
 FP32_REORDERED_SUM = 1e-5  # the same products, added up in another order
 ANGLES = 1e-6

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from engine.verify.variants import SHAPE, random_model, same_in_ours
+from engine.verify.variants import SHAPE, random_model
 from models.generate import generate
 from tests.models.tiny import random_tokens
+from tests.parity.same_weights import same_in_ours
 
 NEW_TOKENS = 64
 
