@@ -20,8 +20,9 @@ from engine.reference import ReferenceModel
 from engine.verify.case import Case
 from engine.verify.preference import OTHER_WEIGHTS, Judge, with_pairs
 from engine.verify.subject import TINY, Subject
+from models.adapters import AdapterSpec, adapt
 from models.decoder import DecoderConfig
-from models.initialise import initial_values
+from models.initialise import InitialRule, initial_slice, initial_values
 from models.plan import ModelPlan
 from parallelisms import ParallelConfig, ParallelDims, parallelize
 from parallelisms.activation_checkpoint import ActivationCheckpointConfig
@@ -38,6 +39,7 @@ BF16_ON_GPUS = 6e-2  # wider tensors; 2.8e-2 is the worst seen
 ZERO_GRADIENT_FLOOR = 1e-6  # below this a gradient counts as zero in theory
 IGNORED_LABEL = -100
 NOISE_ALPHA = 5.0
+ADAPTED = InitialRule(kind="normal", std=0.1)  # B, which begins with zeros and would hide A
 SEED = 7
 
 
@@ -108,10 +110,12 @@ def forward(model: nn.Module, rows: dict[str, Tensor], case: Case) -> Tensor:
 
 
 def start_values(model: nn.Module, config: DecoderConfig) -> Callable[[str, tuple], Tensor]:
-    """Draw the engine's initial values, with norms and biases moved off one and zero."""
+    """Draw the engine's initial values, with all that are one or zero moved off it."""
     draw = initial_values(model, config, seed=SEED)
 
     def moved(name: str, slices: tuple[slice, ...]) -> Tensor:
+        if ".lora_B." in name:
+            return initial_slice(name, model.get_parameter(name).shape, ADAPTED, slices, SEED)
         values = draw(name, slices)
         if values.ndim == 1:
             rows = torch.arange(slices[0].start, slices[0].stop, dtype=torch.float32)
@@ -121,9 +125,18 @@ def start_values(model: nn.Module, config: DecoderConfig) -> Callable[[str, tupl
     return moved
 
 
+def adapters_of(case: Case) -> list[AdapterSpec]:
+    """Return the adapters of a case: two that share every linear of the blocks."""
+    if case.adapter == "none":
+        return []
+    kind: Any = case.adapter
+    first = AdapterSpec(name="default", kind=kind, rank=4, alpha=8.0)
+    return [first, AdapterSpec(name="second", kind="lora", rank=2, alpha=2.0, use_rslora=True)]
+
+
 def reference_case(case: Case) -> Case:
     """Return the single plain process that computes the same thing."""
-    kept = ("tied", "vocab", "bias", "packed", "neftune", "objective")
+    kept = ("tied", "vocab", "bias", "packed", "neftune", "objective", "adapter")
     return Case(**{name: getattr(case, name) for name in kept})
 
 
@@ -133,8 +146,10 @@ def reference(
 ) -> tuple[float, dict[str, Tensor]]:
     """Return loss and gradients of one fp32 process that knows no parallelism."""
     config = subject.sizes(case)
-    with torch.device(device_type):
+    with torch.device("meta"):
         model = subject.family.build(config)
+    adapt(model, subject.family.plan(config), adapters_of(case))
+    materialise(model, device_type)
     fill(model, start_values(model, config))
     rows = {name: value.to(device_type) for name, value in batch(case, subject).items()}
     alone = ParallelDims.of(ParallelConfig(), 1)
@@ -205,13 +220,16 @@ def build_case(
         dims = ParallelDims.of(parallel, case.world_size).build(device_type)
     with torch.device("meta"):
         model = subject.family.build(config)
+    param_dtype = torch.bfloat16 if case.bfloat16 else torch.float32
+    plan = adapt(model, plan or subject.family.plan(config), adapters_of(case))
     parallelize(
         model,
-        plan or subject.family.plan(config),
+        plan,
         dims,
         parallel=parallel,
         precision=PrecisionConfig(
-            param_dtype=torch.bfloat16 if case.bfloat16 else torch.float32,
+            param_dtype=param_dtype,
+            frozen_dtype=None if case.adapter == "none" else param_dtype,
             cpu_offload=case.offload,
         ),
         activation_checkpoint=checkpoint_config(case.checkpointing),
@@ -311,7 +329,7 @@ def compare_with(
     device_type: str = "cpu",
 ) -> Comparison:
     """Compare the loss and every gradient with `expected` ones; every rank must call this."""
-    names = {name for name, _ in model.named_parameters()}
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     problems = [f"{name} is on one side only" for name in sorted(names ^ set(expected))]
     worst_error, worst_name = 0.0, ""
     for name, parameter in model.named_parameters():
