@@ -89,7 +89,14 @@ def _matched(target: str, modules: Mapping[str, nn.Module], plan: ModelPlan) -> 
     if target == ALL_LINEAR:
         blocks = {block for pattern in plan.blocks for block in match(names, pattern)}
         inside = [n for n in names if any(n.startswith(f"{block}.") for block in blocks)]
-        return [name for name in inside if _is_plain(modules[name])]
+        found = [name for name in inside if _is_plain(modules[name])]
+        if not found:
+            kinds = sorted({type(modules[name]).__name__ for name in inside})
+            raise ValueError(
+                f"adapter.targets: {target!r} matches nothing, since the blocks of the model hold "
+                f"no linear, but {', '.join(kinds)}; such a model cannot be adapted"
+            )
+        return found
     if target.startswith(REGEX):
         return match_expression(names, target.removeprefix(REGEX), "adapter.targets", "module")
     depth = target.count(".") + 1

@@ -6,7 +6,7 @@ plan is, `subject.py` which model is compared.
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,8 +19,8 @@ from engine.neftune import EmbeddingNoise
 from engine.reference import ReferenceModel
 from engine.verify.case import Case
 from engine.verify.preference import OTHER_WEIGHTS, Judge, with_pairs
-from engine.verify.subject import TINY, Subject
-from models.adapters import AdapterSpec, adapt
+from engine.verify.subject import TINY, Subject, adapters_of
+from models.adapters import adapt
 from models.decoder import DecoderConfig
 from models.initialise import InitialRule, initial_slice, initial_values
 from models.plan import ModelPlan
@@ -58,6 +58,9 @@ class Comparison:
     problems: tuple[str, ...] = ()
     """Gradients that are missing, or zero everywhere where the reference's are not."""
 
+    checks: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What else was compared, by its column, with the relative error."""
+
     @property
     def loss_error(self) -> float:
         """Return the difference of the losses, relative to the reference."""
@@ -65,8 +68,8 @@ class Comparison:
 
     def is_within(self, tolerance: float) -> bool:
         """Say whether the loss and every gradient are; what is not a number never is."""
-        within = self.loss_error <= tolerance and self.worst_error <= tolerance
-        return within and not self.problems
+        errors = (self.loss_error, self.worst_error, *self.checks.values())
+        return all(error <= tolerance for error in errors) and not self.problems
 
     def check(self, tolerance: float = FP32_REORDERED_SUM) -> None:
         """Fail unless the loss and every gradient are within `tolerance`."""
@@ -123,15 +126,6 @@ def start_values(model: nn.Module, config: DecoderConfig) -> Callable[[str, tupl
         return values
 
     return moved
-
-
-def adapters_of(case: Case) -> list[AdapterSpec]:
-    """Return the adapters of a case: two that share every linear of the blocks."""
-    if case.adapter == "none":
-        return []
-    kind: Any = case.adapter
-    first = AdapterSpec(name="default", kind=kind, rank=4, alpha=8.0)
-    return [first, AdapterSpec(name="second", kind="lora", rank=2, alpha=2.0, use_rslora=True)]
 
 
 def reference_case(case: Case) -> Case:
@@ -378,10 +372,11 @@ def run_case(
 def worst(comparisons: list[Comparison]) -> Comparison:
     """Return the comparison of all ranks together: the largest error, and every problem."""
 
-    def size(one: Comparison) -> float:
-        return one.worst_error if one.worst_error == one.worst_error else float("inf")
+    def size(error: float) -> float:
+        return error if error == error else float("inf")
 
-    found = max(comparisons, key=size)
+    found = max(comparisons, key=lambda one: size(one.worst_error))
     loss = max(comparisons, key=lambda one: one.loss_error).loss
     problems = dict.fromkeys(p for one in comparisons for p in one.problems)
-    return replace(found, loss=loss, problems=tuple(problems))
+    checks = {n: max((one.checks[n] for one in comparisons), key=size) for n in found.checks}
+    return replace(found, loss=loss, problems=tuple(problems), checks=checks)
