@@ -17,7 +17,7 @@ from engine.data.cache import digest_of
 from engine.model import Architecture
 from models.adapters import ALL_LINEAR, AdapterSpec, adapt
 from models.initialise import adapter_values
-from models.layers.lora import adapted_linears, adapter_of
+from models.layers.lora import adapted_linears, adapter_of, scale_of
 from models.plan import ModelPlan
 from parallelisms.adapters import local_row_lengths
 from parallelisms.materialise import fill
@@ -73,6 +73,15 @@ class OneAdapterConfig:
                     f"adapter.{key} = {getattr(self, key)!r} of the adapter {self.name!r}; give "
                     f"{remedy}"
                 )
+
+    def describe(self) -> str:
+        """Return a line for the log."""
+        begins = f"begins as {self.path}" if self.path else "begins without an effect"
+        scale = scale_of(self.rank, self.alpha, use_rslora=self.use_rslora)
+        return (
+            f"{self.name}: {self.kind}, rank {self.rank}, scale {scale:g}, dropout {self.dropout}, "
+            f"on {', '.join(self.targets)}; {begins}"
+        )
 
     @property
     def spec(self) -> AdapterSpec | None:

@@ -163,6 +163,8 @@ def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture)
         "attention: %s, kernels: %s; ranks: %s", sizes.attention, sizes.kernels, dims.describe()
     )
     log.info("number formats: %s", precision_of(config).describe())
+    for adapter in config.adapter.all:
+        log.info("adapter %s", adapter.describe())
     if not config.validation.only:
         log_dealing(config, dims.batch_degree)
 
