@@ -14,7 +14,7 @@ def compile_seconds() -> float:
     """Return how long torch.compile has worked in this process."""
     # Looked up, not imported: that takes a second, and who compiles has imported it.
     dynamo = sys.modules.get("torch._dynamo.utils")
-    return 0.0 if dynamo is None else dynamo.calculate_time_spent()["total_wall_time"]
+    return 0.0 if dynamo is None else dynamo.calculate_time_spent().get("total_wall_time", 0.0)
 
 
 def seconds_since_process_start() -> float:

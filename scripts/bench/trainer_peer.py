@@ -3,6 +3,7 @@
 On one GPU: bf16 autocast over fp32 weights, SDPA, fused AdamW; Liger's kernels where it is told so.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -37,16 +38,27 @@ class StoredRows(Dataset[dict[str, torch.Tensor]]):
 
 
 class Clock(TrainerCallback):
-    """Notes when the device has finished each step."""
+    """Notes when the device has finished each step, without waiting for it."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        self.marks: list[Any] = []
 
     def on_step_end(self, *arguments: object, **more: object) -> None:
-        """Wait for the device, and note the time."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        """Let the device note the time once it is here, or note it on the CPU."""
+        if self.on_gpu:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Return the time from each step's end to the next one's; waits for the device."""
+        pairs = list(itertools.pairwise(self.marks))
+        if not self.on_gpu:
+            return [after - before for before, after in pairs]
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in pairs]
 
 
 def train(folder: Path) -> dict[str, Any]:
@@ -54,14 +66,15 @@ def train(folder: Path) -> dict[str, Any]:
     told = json.loads((folder / "trainer.json").read_text())
     hf = {key: value for key, value in told["model"].items() if key != "architectures"}
     config = AutoConfig.for_model(**hf)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    on_gpu = torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     model = model.float()
-    clock, rows = Clock(), StoredRows(folder)
+    clock, rows = Clock(on_gpu), StoredRows(folder)
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         bf16=True,
-        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         per_device_train_batch_size=told["local_batch_size"],
         max_steps=told["steps"],
         learning_rate=told["lr"],
@@ -71,14 +84,13 @@ def train(folder: Path) -> dict[str, Any]:
         remove_unused_columns=False,
         disable_tqdm=True,
         use_liger_kernel=told["uses_liger"],
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not on_gpu,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock])
     result = trainer.train()
-    seconds = np.diff(clock.times)[told["warmup_steps"] - 1 :]
+    seconds = clock.seconds()[told["warmup_steps"] - 1 :]
     tokens = told["local_batch_size"] * rows.tokens.shape[1]
-    speeds = [tokens / float(one) for one in seconds]
-    on_gpu = torch.cuda.is_available()
+    speeds = [tokens / one for one in seconds]
     return {
         "steps_measured": len(speeds),
         "tokens_per_second_per_gpu": round(statistics.median(speeds), 1),

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from engine.combinations import refusals
+from engine.rules import gather_facts
 from models.flops import linear_train_flops_per_token
 from models.registry import load_family
 from scripts.bench.floor import against_record, floor_of, products, work_of
@@ -15,7 +17,9 @@ ROWS = {row.name: row for suite in SUITES.values() for row in suite}
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_is_a_valid_command_and_its_products_are_the_counted_operations(name: str) -> None:
-    work = work_of(ROWS[name])
+    work, gpus = work_of(ROWS[name]), ROWS[name].gpus
+    facts, mistakes = gather_facts(work.config, gpus, device_type="cuda", is_here=False)
+    assert not mistakes + refusals(facts)
     found = sum(product.flops for product in work.products)
     assert found == linear_train_flops_per_token(work.sizes) * work.tokens_per_gpu
     assert sum(attention.count for attention in work.attentions) == work.sizes.num_layers
