@@ -19,7 +19,8 @@ def compile_seconds() -> float:
 
 def seconds_since_process_start() -> float:
     """Return the age of this process, the import of packages included."""
-    return time.time() - psutil.Process().create_time()
+    # The system's idea of when it was started may be behind its clock by a moment.
+    return max(time.time() - psutil.Process().create_time(), 0.0)
 
 
 class WallTime:

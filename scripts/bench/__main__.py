@@ -62,6 +62,7 @@ def measure(options: argparse.Namespace, *, with_peers: bool) -> int:
             for found in run_peers(row, options.out.parent, options.timeout_seconds):
                 record["peers"].append(found)
                 _keep(record, options.out, found)
+    print(table([record]))
     return 0 if all(row["passed"] for row in record["rows"]) else 1
 
 

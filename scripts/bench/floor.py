@@ -249,9 +249,14 @@ def floor_of(
 
 
 def against_record(floor: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the floor with a record's speed of the same row beside it, where it has one."""
-    speeds = [r.get("tokens_per_second_per_gpu") for r in rows if r["row"] == floor["row"]]
-    if not speeds or speeds[0] is None:
+    """Return the floor with a record's speed and traced kernels of the same row beside it."""
+    trained = [r for r in rows if r["row"] == floor["row"] and "tokens_per_second_per_gpu" in r]
+    if not trained:
         return floor
-    share = speeds[0] / floor["floor_tokens_per_second_per_gpu"]
-    return {**floor, "tokens_per_second_per_gpu": speeds[0], "of_floor": round(share, 4)}
+    speed = trained[0]["tokens_per_second_per_gpu"]
+    return {
+        **floor,
+        "tokens_per_second_per_gpu": speed,
+        "of_floor": round(speed / floor["floor_tokens_per_second_per_gpu"], 4),
+        "traced_ms_by_kind": trained[0].get("traced_step", {}).get("ms_by_kind", {}),
+    }

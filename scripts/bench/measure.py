@@ -115,7 +115,7 @@ def summarise(row: BenchRow, metrics_file: Path) -> dict[str, Any]:
     before = max(line.get("tokens", 0) for line in lines if line["step"] <= row.warmup_steps)
     rows = sum(line["rows"] for line in steady)
     allocated = [line["peak_allocated_gib"] or 0.0 for line in lines]
-    parts = [(name, gib) for line in lines for name, gib in line.items() if name.startswith("mem")]
+    parts = [pair for line in lines for pair in line.items() if pair[0].startswith("memory/")]
     times = spread([line["step_seconds"] for line in steady])
     return {
         "steps_measured": len(steady),

@@ -54,8 +54,11 @@ def test_each_part_is_run_and_the_parts_add_up() -> None:
     speed = 32 / found["ms"]["all"] * 1e3
     assert found["floor_tokens_per_second_per_gpu"] == pytest.approx(speed, rel=1e-3)
     assert 0 < found["floor_mfu"] < 1
-    beside = against_record(found, [{"row": "tiny", "tokens_per_second_per_gpu": speed / 2}])
+    traced = {"ms_by_kind": {"attention": 2.0}}
+    trained = {"row": "tiny", "tokens_per_second_per_gpu": speed / 2, "traced_step": traced}
+    beside = against_record(found, [trained])
     assert math.isclose(beside["of_floor"], 0.5, rel_tol=1e-3)
+    assert beside["traced_ms_by_kind"] == {"attention": 2.0}
     assert against_record(found, [{"row": "tiny", "outcome": "failed"}]) == found
 
 

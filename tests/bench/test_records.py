@@ -1,15 +1,17 @@
 """What a run leaves behind is read into a record, and records into comparisons and tables."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scripts.bench import __main__ as bench
 from scripts.bench import measure
 from scripts.bench.__main__ import chosen_rows
 from scripts.bench.measure import ROOT, command, run_row, summarise
-from scripts.bench.suites import SUITES
+from scripts.bench.suites import SUITES, BenchRow
 from scripts.bench.tables import compare, rewritten, table
 from scripts.bench.trace import covered, summarise_trace
 
@@ -137,6 +139,31 @@ def test_a_table_has_the_best_of_each_peer_and_the_floor() -> None:
     assert "| a | 1 | 4 x 8,192 | 100 | 50.0% | 10.0 | 80.0% of 125 | 95 (12.0 GiB) |" in found
     assert "| b | 1 | 4 x 8,192 | out of memory | - | - | - | - |" in found
     assert found.endswith("\nGPU, torch 2, 2026-01-01.\n")
+
+
+def test_a_suite_goes_on_after_a_row_that_fails_and_its_peers_stand_in_the_record(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    rows = SUITES["dense-1gpu"]
+    ended = dict(zip([row.name for row in rows], [100.0, None, 120.0], strict=True))
+
+    def run(row: BenchRow, log_folder: Path, timeout_seconds: float) -> dict[str, Any]:
+        (found,) = record(**{row.name: ended[row.name]})["rows"]
+        return {**found, "passed": ended[row.name] is not None}
+
+    monkeypatch.setattr(bench, "run_row", run)
+    monkeypatch.setattr(bench, "run_peers", lambda row, *rest: [{"row": row.name, "peer": "other"}])
+    monkeypatch.setattr(bench, "take_probes", lambda gpus: {"matmul_8192_bf16_tflops": 790.0})
+    out = tmp_path / "new" / "record.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "peers", "dense-1gpu", "--out", str(out)])
+    assert bench.main() == 1
+    written = json.loads(out.read_text())
+    assert [row["row"] for row in written["rows"]] == list(ended)
+    assert [row["row"] for row in written["peers"]] == list(ended)
+    assert f"| {rows[1].name} | 1 | 4 x 8,192 | out of memory |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["bench", "compare", str(out), str(tmp_path / "none.json")])
+    assert bench.main() == 2
+    assert "none.json is no file" in capsys.readouterr().err
 
 
 def test_the_tables_of_the_readme_are_those_of_the_records() -> None:
