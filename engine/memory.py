@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from engine.metrics import GIB, Row
 
@@ -21,11 +21,21 @@ def bytes_on(tensors: Iterable[Tensor], device: torch.device) -> int:
     """Return the memory on `device` behind this rank's part of `tensors`, each storage once."""
     storages: dict[int, int] = {}
     for tensor in tensors:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if local.device.type == device.type:
-            storage = local.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+        for part in _parts(tensor):
+            if part.device.type == device.type:
+                storage = part.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors that hold the values of one that is sharded or quantised."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        if isinstance(part := getattr(tensor, name), Tensor):  # a DTensor names its mesh too
+            yield from _parts(part)
 
 
 class MemoryWatch:

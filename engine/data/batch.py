@@ -131,7 +131,7 @@ def document_offsets(documents_BT: Tensor) -> Tensor:
     is_first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
     begins = is_first_BT.flatten().nonzero().squeeze(1)
     size = max(FEWEST_DOCUMENTS, 1 << (len(begins) - 1).bit_length())
-    offsets = torch.full((size + 1,), documents_BT.numel(), dtype=torch.int32)
+    offsets = begins.new_full((size + 1,), documents_BT.numel(), dtype=torch.int32)
     offsets[: len(begins)] = begins
     return offsets
 

@@ -73,13 +73,14 @@ def table(records: Sequence[Record]) -> str:
     floors = {row["row"]: row for record in records for row in record.get("floors", [])}
     peers = [row for record in records for row in record.get("peers", [])]
     kinds = list(dict.fromkeys(_engine(row) for row in peers if "tokens_per_second_per_gpu" in row))
-    titles = ["work", "GPUs", "rows x tokens", "tokens/s/GPU", "MFU", "peak reserved GiB"]
+    titles = ["work", "GPUs", "rows x tokens", "tokens/s/GPU", "MFU", "peak reserved GiB", "taken"]
     titles += [*(["of the floor"] if floors else []), *kinds]
     lines = [titles, ["---"] * len(titles)]
     for record in records:
         for row in record.get("rows", []):
             name = row["row"]
             cells = [name, str(row["gpus"]), _batch(row), *_figures(row)]
+            cells.append(record["machine"]["date"])
             if floors:
                 cells.append(_share_of_floor(row, floors.get(name)))
             for kind in kinds:
@@ -130,12 +131,12 @@ def _peer_cell(rows: Iterable[Record]) -> str:
 
 
 def _machines(records: Sequence[Record]) -> str:
-    """Say where and when the records were taken, each place once."""
+    """Say what the records were taken on, each kind of machine once."""
     said: list[str] = []
     for record in records:
         machine = record["machine"]
         gpu = str(machine.get("gpus", "")).partition(" x ")[2] or machine.get("gpu", "no GPU")
-        text = f"{gpu}, torch {machine['torch']}, {machine['date']}"
+        text = f"{gpu}, torch {machine['torch'].partition('+')[0]}"
         if (probes := record.get("probes", {})).get("matmul_8192_bf16_tflops"):
             text += f", bf16 product of 8192 at {probes['matmul_8192_bf16_tflops']:.0f} TFLOP/s"
         said.append(text)

@@ -136,9 +136,12 @@ def test_a_table_has_the_best_of_each_peer_and_the_floor() -> None:
     ]
     floors = [{"row": "a", "floor_tokens_per_second_per_gpu": 125.0}]
     found = table([record(a=100.0, b=None), {**record(), "peers": peers, "floors": floors}])
-    assert "| a | 1 | 4 x 8,192 | 100 | 50.0% | 10.0 | 80.0% of 125 | 95 (12.0 GiB) |" in found
-    assert "| b | 1 | 4 x 8,192 | out of memory | - | - | - | - |" in found
-    assert found.endswith("\nGPU, torch 2, 2026-01-01.\n")
+    assert (
+        "| a | 1 | 4 x 8,192 | 100 | 50.0% | 10.0 | 2026-01-01 | 80.0% of 125 | 95 (12.0 GiB) |"
+        in found
+    )
+    assert "| b | 1 | 4 x 8,192 | out of memory | - | - | 2026-01-01 | - | - |" in found
+    assert found.endswith("\nGPU, torch 2.\n")
 
 
 def test_a_suite_goes_on_after_a_row_that_fails_and_its_peers_stand_in_the_record(

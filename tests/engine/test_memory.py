@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from engine import memory
 from engine.memory import MemoryWatch, bytes_on
 from engine.metrics import GIB
+from scripts.check_config import fake_process_group
 
 CPU = torch.device("cpu")
 
@@ -74,7 +77,10 @@ def test_on_a_gpu_the_allocator_says_what_forward_keeps_and_what_else_the_peak_h
     assert row["memory/peak_allocated_gib"] == 20.0
 
 
-def test_storages_that_tensors_share_count_once() -> None:
+def test_storages_that_tensors_share_count_once_and_a_shard_as_what_it_holds() -> None:
     weight = torch.zeros(256)
+    with fake_process_group(world_size=4):
+        shard = distribute_tensor(weight, init_device_mesh("cpu", (4,)), [Shard(0)])
+    assert bytes_on([shard], CPU) == 256
     assert bytes_on([weight, weight[:8], weight.view(16, 16)], CPU) == 1024
     assert bytes_on([weight], torch.device("cuda")) == 0
