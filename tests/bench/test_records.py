@@ -11,6 +11,7 @@ from scripts.bench import __main__ as bench
 from scripts.bench import measure
 from scripts.bench.__main__ import chosen_rows
 from scripts.bench.measure import ROOT, command, run_row, summarise
+from scripts.bench.probes import take_probes
 from scripts.bench.suites import SUITES, BenchRow
 from scripts.bench.tables import compare, rewritten, table
 from scripts.bench.trace import covered, summarise_trace
@@ -164,6 +165,8 @@ def test_a_suite_goes_on_after_a_row_that_fails_and_its_peers_stand_in_the_recor
     assert [row["row"] for row in written["rows"]] == list(ended)
     assert [row["row"] for row in written["peers"]] == list(ended)
     assert f"| {rows[1].name} | 1 | 4 x 8,192 | out of memory |" in capsys.readouterr().out
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert take_probes(2) == {"not taken": "this machine has 0 of 2 GPUs"}
     monkeypatch.setattr(sys, "argv", ["bench", "compare", str(out), str(tmp_path / "none.json")])
     assert bench.main() == 2
     assert "none.json is no file" in capsys.readouterr().err
