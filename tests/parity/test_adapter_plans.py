@@ -181,15 +181,17 @@ def wrapped(hf: dict[str, Any], dims: ParallelDims | None, layout: dict[str, Any
 def wrapped_gradients(rank: int, world_size: int, hf: dict[str, Any]) -> Comparison:
     layout = {"tensor_parallel_degree": 2, "sequence_parallel": False}
     dims = ParallelDims.of(ParallelConfig(**layout), world_size).build("cpu")
-    losses = []
-    models = wrapped(hf, dims, layout), wrapped(hf, None, {})
-    for model in models:
+    model, alone = wrapped(hf, dims, layout), wrapped(hf, None, {})
+
+    def trained(model: nn.Module) -> float:
         rows = packed_rows()
         loss = -model(rows.pop("tokens_BT"), **rows).sum()
         loss.backward()
-        losses.append(loss.item())
-    expected = {name: p.grad for name, p in models[1].named_parameters() if p.grad is not None}
-    return parity.compare_with(models[0], *losses, expected)
+        return loss.item()
+
+    loss, reference_loss = trained(model), trained(alone)
+    expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    return parity.compare_with(model, loss, reference_loss, expected)
 
 
 @pytest.mark.parametrize("hf", [FUSED, MODELS["granite"]], ids=["fused phi3", "granite"])
