@@ -50,9 +50,9 @@ def parallelize(
     """
     check(parallel, activation_checkpoint, compile, dims)
     resolved = resolve(model, plan, dims)
-    for parameter in model.parameters():  # buffers, such as frequencies of angles, stay exact
-        parameter.data = parameter.data.to(precision.master_dtype)
     trainable = trainable_names(model, frozen, resolved.blocks)
+    for name, parameter in model.named_parameters():  # buffers, such as angles, stay exact
+        parameter.data = parameter.data.to(precision.stored(name in trainable))
     if dims.tp > 1:
         apply_tensor(
             model,

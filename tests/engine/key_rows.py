@@ -7,6 +7,7 @@ are its command line.
 from dataclasses import dataclass
 from typing import Any
 
+from engine.adapters import OneAdapterConfig
 from engine.data.config import MixedSourceConfig, SourceConfig
 
 
@@ -68,8 +69,8 @@ TRAIN = {
     ),
     **rows(f"{BUILD}open_tokenizer", model__tokenizer_path="{folder}/tokenizer"),
     **rows(f"{MODEL}choose_backend", model__attention="eager"),
-    **rows(f"{BUILD}build", model__freeze=["model.layers.0.mlp.*.weight"]),
-    **rows(f"{BUILD}build", training__enable_cpu_offload=True),
+    **rows(f"{BUILD}_build_model", model__freeze=["model.layers.0.mlp.*.weight"]),
+    **rows(f"{BUILD}_build_model", training__enable_cpu_offload=True),
     **rows(f"{BUILD}precision_of", training__dtype="bfloat16"),
     **rows(f"{BUILD}precision_of", training__mixed_precision_reduce="bfloat16"),
     **rows(f"{BUILD}build", objective__name="tests.engine.own_parts"),
@@ -259,6 +260,21 @@ COMPILED = {
         validation__sources=[SourceConfig(name="held_out", dataset="dummy")],
     ),
     **rows(OPEN_ROWS, data__dummy_tokens=4096),
+    **rows(
+        "engine/adapters.py:AdapterConfig.specs",
+        adapter__kind="dora",
+        adapter__name="own",
+        adapter__rank=3,
+        adapter__alpha=6.0,
+        adapter__use_rslora=True,
+        adapter__dropout=0.5,
+        adapter__targets=["k_proj"],
+    ),
+    **rows(
+        "engine/adapters.py:build_adapted",
+        adapter__more=[OneAdapterConfig(name="other", rank=5, targets=["v_proj"])],
+    ),
+    **rows(f"{BUILD}_log_work", adapter__path="{folder}/peft"),
     **rows(
         "parallelisms/apply.py:_wrap_blocks", compile__enable=True, compile__components=["model"]
     ),
