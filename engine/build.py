@@ -33,6 +33,7 @@ from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from engine.distributed import World
 from engine.health import NonFinitePolicy
 from engine.hf_io import HfAssets, read_generation_config
+from engine.low_precision import float8_of, follow_updates, log_conversion, packs_frozen
 from engine.metrics import Meter, StepCosts, device_peak_flops
 from engine.model import Architecture, resolve_architecture
 from engine.neftune import EmbeddingNoise
@@ -103,20 +104,10 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     agree_on_data(tokenizer, read)
     _log_work(config, dims, architecture)
 
-    model = architecture.build_meta()
-    parallelize(
-        model,
-        architecture.plan,
-        dims,
-        parallel=config.parallelism,
-        precision=precision_of(config),
-        activation_checkpoint=config.activation_checkpoint,
-        compile=config.compile,
-        frozen=config.model.freeze,
-    )
-    _log_frozen(model)
+    model = _lay_out(config, dims, architecture)
     materialise(model, config.training.parameters_on(world.device), computes_on=world.device)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    follow_updates(config, model, optimizer)
     state = TrainingState(
         model=model,
         optimizer=optimizer,
@@ -147,6 +138,26 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
         validation_names=tuple(source.name for source in config.validation.sources) or ("",),
         mixture=rows if isinstance(rows, MixedRows) else None,
     )
+
+
+def _lay_out(config: JobConfig, dims: ParallelDims, architecture: Architecture) -> nn.Module:
+    """Return the model, laid out over the ranks, without memory for its parameters."""
+    model = architecture.build_meta()
+    parallelize(
+        model,
+        architecture.plan,
+        dims,
+        parallel=config.parallelism,
+        precision=precision_of(config),
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+        frozen=config.model.freeze,
+        float8=float8_of(config),
+        packs_frozen=packs_frozen(config),
+    )
+    _log_frozen(model)
+    log_conversion(config, model)
+    return model
 
 
 def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture) -> None:

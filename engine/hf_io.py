@@ -25,6 +25,7 @@ from engine.checkpoint_storage import RankGroup
 from engine.hf_weights import INDEX_NAME, SINGLE_NAME
 from engine.manifest import refuse_small_disk, set_aside, sync_folder, write_synced
 from models.weights import KeyMap
+from parallelisms.low_precision import full_precision
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -94,7 +95,7 @@ def export(
         for name, parts in assets.key_map.parts(tensors).items():
             # The others wait for rank 0's disk here, where no short timeout of training counts.
             group.together(partial(_raise, failure))
-            whole = [_whole(tensors[part].detach().to(dtype)) for part in parts]
+            whole = [_whole(full_precision(tensors[part].detach()).to(dtype)) for part in parts]
             if group.rank == 0:
                 try:
                     writer.add(name, join(whole))

@@ -68,7 +68,7 @@ TRAIN = {
     ),
     **rows(f"{BUILD}open_tokenizer", model__tokenizer_path="{folder}/tokenizer"),
     **rows(f"{MODEL}choose_backend", model__attention="eager"),
-    **rows(f"{BUILD}build", model__freeze=["model.layers.0.mlp.*.weight"]),
+    **rows(f"{BUILD}_lay_out", model__freeze=["model.layers.0.mlp.*.weight"]),
     **rows(f"{BUILD}build", training__enable_cpu_offload=True),
     **rows(f"{BUILD}precision_of", training__dtype="bfloat16"),
     **rows(f"{BUILD}precision_of", training__mixed_precision_reduce="bfloat16"),
@@ -81,15 +81,15 @@ TRAIN = {
         objective__undesirable_weight=0.5,
     ),
     **rows(
-        f"{OPTIMIZER}build_optimizer",
+        f"{OPTIMIZER}_update_rule",
         optimizer__name="Adam",
         optimizer__lr=0.003,
         optimizer__beta1=0.8,
         optimizer__beta2=0.9,
         optimizer__eps=1e-6,
-        optimizer__weight_decay=0.02,
         optimizer__implementation="for-loop",
     ),
+    **rows(f"{OPTIMIZER}build_optimizer", optimizer__weight_decay=0.02),
     **rows(
         f"{SCHEDULE}phases",
         lr_scheduler__warmup_steps=2,
@@ -305,6 +305,20 @@ ON_CUDA = {
 }
 """Parts of a run that only GPUs or a second rank take."""
 
+LOW_PRECISION = {
+    **rows(
+        "engine/low_precision.py:float8_of",
+        model__converters=["float8"],
+        quantize__linear__float8__recipe_name="tensorwise",
+        quantize__linear__float8__enable_fsdp_float8_all_gather=True,
+        quantize__linear__float8__precompute_float8_dynamic_scale_for_fsdp=True,
+        quantize__linear__float8__filter_fqns=["mlp.gate"],
+        quantize__linear__float8__emulate=True,
+    ),
+    **rows("engine/low_precision.py:log_conversion", model__print_after_conversion=True),
+}
+"""A run with float8 layers."""
+
 RUNS = {
     "train": TRAIN,
     "resume": RESUME,
@@ -316,6 +330,7 @@ RUNS = {
     "compiled": COMPILED,
     "laid_out": LAID_OUT,
     "overlapped": OVERLAPPED,
+    "low_precision": LOW_PRECISION,
     "on_cuda": ON_CUDA,
 }
 
@@ -330,7 +345,6 @@ REFUSED = {
     "parallelism.expert_parallel_degree": 2,
     "parallelism.expert_tensor_parallel_degree": 2,
     "checkpoint.initial_load_in_hf_quantized": True,
-    "model.converters": ["float8"],
     "memory_estimation.enable": True,
     "fault_tolerance.enable": True,
 }
@@ -349,12 +363,7 @@ WITHOUT_EFFECT = {
     ],
     "of no effect here": ["parallelism.context_parallel_rotate_method"],
     "no effect at expert-parallel degree 1": ["parallelism.expert_parallel_comm_backend"],
-    "without the converter it does nothing": [
-        "quantize.linear.float8.enable_fsdp_float8_all_gather",
-        "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
-        "quantize.linear.float8.recipe_name",
-        "quantize.linear.float8.filter_fqns",
-        "quantize.linear.float8.emulate",
+    "there is no such converter, and it does nothing": [
         "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",
         "quantize.linear.mx.recipe_name",
         "quantize.linear.mx.filter_fqns",
@@ -362,7 +371,6 @@ WITHOUT_EFFECT = {
         "quantize.grouped_mm.mx.recipe_name",
         "quantize.grouped_mm.mx.fqns",
     ],
-    "without one it does nothing": ["model.print_after_conversion"],
     "does nothing while `enable` is false": [
         "memory_estimation.disable_fake_mode",
         "fault_tolerance.process_group",

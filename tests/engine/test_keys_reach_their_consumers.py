@@ -104,6 +104,19 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
         == {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
         else []
     ),
+    "model.converters": lambda s: ["float8"] * len(s.spy.calls["convert_linears"]),
+    "model.print_after_conversion": lambda s: "Float8Linear(" in s.log,
+    "quantize.linear.float8.recipe_name": lambda s: s.last("convert_linears")["float8"].recipe,
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": lambda s: (
+        s.last("convert_linears")["float8"].gathers_float8
+    ),
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": lambda s: (
+        len(vars(s.run.trainer.optimizer)["_optimizer_step_post_hooks"]) == 1
+    ),
+    "quantize.linear.float8.filter_fqns": lambda s: list(
+        s.last("convert_linears")["float8"].left_out
+    ),
+    "quantize.linear.float8.emulate": lambda s: s.last("convert_linears")["float8"].emulates,
     "objective.name": lambda s: type(s.run.trainer.objective).__module__,
     "objective.beta": lambda s: vars(s.run.trainer.objective)["_beta"],
     "objective.label_smoothing": lambda s: vars(s.run.trainer.objective)["_smoothing"],
