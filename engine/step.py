@@ -201,13 +201,16 @@ class StepReport:
     """Each source by name where there are several; their tokens add up to `tokens`."""
 
 
-def model_inputs(batch: Batch) -> dict[str, Tensor | None]:
+def model_inputs(batch: Batch) -> dict[str, Any]:
     """Return the keyword arguments of a model's forward, beside the tokens, for `batch`."""
+    inputs = {"positions_BT": batch.positions_BT, "labels_BT": batch.labels_BT}
+    if batch.one_document_per_row:
+        return inputs
     return {
-        "positions_BT": batch.positions_BT,
-        "documents_BT": None if batch.one_document_per_row else batch.documents_BT,
-        "document_offsets": None if batch.one_document_per_row else batch.document_offsets,
-        "labels_BT": batch.labels_BT,
+        **inputs,
+        "documents_BT": batch.documents_BT,
+        "document_offsets": batch.document_offsets,
+        "longest_document_tokens": batch.longest_document_tokens,
     }
 
 

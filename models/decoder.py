@@ -281,6 +281,7 @@ class DecoderLM(nn.Module):
         positions_BT: Tensor,
         documents_BT: Tensor | None = None,
         document_offsets: Tensor | None = None,
+        longest_document_tokens: int | None = None,
         labels_BT: Tensor | None = None,
         embedding_noise_BTD: Tensor | None = None,
         cache: "KVCache | None" = None,
@@ -291,6 +292,7 @@ class DecoderLM(nn.Module):
         each row is one document with positions 0 to T-1, with or without padding after it.
         Backends that attend document by document also need `document_offsets`: where each begins in
         the joined rows, then B x T, int32; a row's padding is a document, and some may be empty.
+        None is longer than `longest_document_tokens`, by default T: the closer, the faster.
         A label of -100 scores 0. `embedding_noise_BTD`, of the embedding's dtype, is added to the
         embeddings, after they are scaled if they are, as in transformers 5. With a cache, keys and
         values of earlier calls are seen too.
@@ -299,6 +301,7 @@ class DecoderLM(nn.Module):
         documents: dict[str, Any] = {
             "documents_BT": documents_BT,
             "document_offsets": document_offsets,
+            "longest_document_tokens": longest_document_tokens,
             "keys": keys,
         }
         masks = {kind: make(positions_BT, **documents) for kind, make in self.masks.items()}

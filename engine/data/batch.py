@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 IGNORED_LABEL = -100
 PADDING_DOCUMENT = 0
 FEWEST_DOCUMENTS = 16
+SHORTEST_BOUND_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,9 @@ class Batch:
 
     document_offsets: Tensor
     """Where each document of the rows, joined, begins; see `document_offsets`."""
+
+    longest_document_tokens: int
+    """No document is longer; see `longest_document_tokens`."""
 
     rows_B: Tensor
     """Global row numbers, int64, each once; -1 for a filler row that trains nothing."""
@@ -100,12 +104,14 @@ def collate(
     stack = partial(_stack, pad_to_multiple=pad_to_multiple)
     documents_BT = stack([row.documents_T for row in rows], PADDING_DOCUMENT)
     lengths = [row.documents_T.bincount()[1:] for row in rows]
+    offsets = document_offsets(documents_BT)
     return Batch(
         tokens_BT=stack([row.tokens_T for row in rows], 0),
         labels_BT=stack([row.labels_T for row in rows], IGNORED_LABEL),
         positions_BT=stack([row.positions_T for row in rows], 0),
         documents_BT=documents_BT,
-        document_offsets=document_offsets(documents_BT),
+        document_offsets=offsets,
+        longest_document_tokens=longest_document_tokens(offsets),
         rows_B=torch.tensor([number for number, _ in numbered_rows]),
         sources_B=torch.tensor([row.source for row in rows]),
         one_document_per_row=one_document_per_row,
@@ -125,9 +131,17 @@ def document_offsets(documents_BT: Tensor) -> Tensor:
     is_first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
     begins = is_first_BT.flatten().nonzero().squeeze(1)
     size = max(FEWEST_DOCUMENTS, 1 << (len(begins) - 1).bit_length())
-    offsets = torch.full((size + 1,), documents_BT.numel(), dtype=torch.int32)
+    offsets = begins.new_full((size + 1,), documents_BT.numel(), dtype=torch.int32)
     offsets[: len(begins)] = begins
     return offsets
+
+
+def longest_document_tokens(offsets: Tensor) -> int:
+    """Return a bound of the length of the documents that begin at `offsets`, padding included.
+
+    A power of two, at least `SHORTEST_BOUND_TOKENS`, so that few values occur.
+    """
+    return max(SHORTEST_BOUND_TOKENS, 1 << (int(offsets.diff().max()) - 1).bit_length())
 
 
 def _stack_pairs(values_P: Sequence[Tensor | None]) -> Tensor | None:

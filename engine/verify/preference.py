@@ -74,6 +74,7 @@ def batch_of(rows: Mapping[str, Tensor], pairs_BP: Tensor) -> Batch:
         positions_BT=rows["positions_BT"],
         documents_BT=rows["documents_BT"],
         document_offsets=rows.get("document_offsets", document_offsets(rows["documents_BT"])),
+        longest_document_tokens=rows["documents_BT"].numel(),
         rows_B=torch.arange(len(pairs_BP), device=pairs_BP.device),
         sources_B=torch.zeros_like(pairs_BP[:, 0]),
         one_document_per_row=False,

@@ -44,6 +44,9 @@ class AttentionMask:
     """Where each document begins in the joined rows of queries, which are the keys; see
     `DecoderLM.forward`."""
 
+    longest_document_tokens: int | None = None
+    """No document is longer; None: than a row."""
+
     prepared: object = None
     """What the backend made of the above."""
 
@@ -196,6 +199,18 @@ def whole_row_offsets(mask: AttentionMask) -> Tensor:
     return mask.document_offsets
 
 
+def longest_document(mask: AttentionMask) -> Tensor:
+    """Return an empty tensor as long as the longest document may be.
+
+    A block that is compiled for one number is compiled again for the next; not so for a size.
+    """
+    row_tokens = mask.query_positions_BT.shape[1]
+    longest = min(mask.longest_document_tokens or row_tokens, row_tokens)
+    sized = mask.query_positions_BT.new_empty(longest, 0)
+    torch._dynamo.maybe_mark_dynamic(sized, 0)
+    return sized
+
+
 def _optional_member(backend: str, name: str) -> Any:
     load_member(__name__, backend, "attend")  # refuses an unknown backend
     return getattr(
@@ -227,6 +242,7 @@ class AttentionMasks(nn.Module):
         *,
         documents_BT: Tensor | None = None,
         document_offsets: Tensor | None = None,
+        longest_document_tokens: int | None = None,
         keys: tuple[Tensor, Tensor | None] | None = None,
     ) -> AttentionMask:
         """Return the mask of queries at `positions_BT`.
@@ -255,6 +271,7 @@ class AttentionMasks(nn.Module):
             is_causal=keys is None and documents_BT is None and window is None,
             window=window,
             document_offsets=document_offsets,
+            longest_document_tokens=longest_document_tokens,
         )
         return replace(mask, prepared=self.prepare(mask))
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import AttentionMask, sdpa, whole_row_offsets
+from models.attention import AttentionMask, longest_document, sdpa, whole_row_offsets
 
 NEEDS_WHOLE_ROWS = True
 OLDEST_GENERATION = 9  # Hopper; cuDNN has no backward for this layout on earlier ones
@@ -25,17 +25,17 @@ LARGEST_INT32 = 2**31 - 1
 _of_thread = threading.local()
 
 
-def prepare(mask: AttentionMask) -> Tensor | None:
-    """Return where documents begin and how long they are, or None where causality suffices.
+def prepare(mask: AttentionMask) -> tuple[Tensor, Tensor] | None:
+    """Return documents and `longest_document`, or None where causality suffices.
 
-    The first row is `document_offsets`, the second each document's length, and then a zero.
+    The first row of documents (2, D + 1) is where each begins, the second its length, then a zero.
     """
     if mask.is_causal:
-        return sdpa.prepare(mask)
+        return None
     offsets = whole_row_offsets(mask)
     documents = torch.stack((offsets, F.pad(offsets.diff(), (0, 1))))
     torch._dynamo.maybe_mark_dynamic(documents, 1)
-    return documents
+    return documents, longest_document(mask)
 
 
 def attend(
@@ -44,9 +44,10 @@ def attend(
     """Return the attended values; key/value heads are shared, not repeated."""
     if mask.is_causal:
         return sdpa.attend(q_BTHC, k_BSKC, v_BSKC, mask=mask, scale=scale)
-    assert isinstance(mask.prepared, Tensor), "the mask was prepared by this file"
+    assert isinstance(mask.prepared, tuple), "the mask was prepared by this file"
+    documents, longest = mask.prepared
     joined = [x.flatten(0, 1) for x in (q_BTHC, k_BSKC, v_BSKC)]
-    out_NHC, _ = cudnn_attention(*joined, mask.prepared, q_BTHC.shape[1], scale)
+    out_NHC, _ = cudnn_attention(*joined, documents, longest.shape[0], scale)
     return out_NHC.view_as(q_BTHC)
 
 
@@ -56,7 +57,7 @@ def cudnn_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return the attended values (N, H, C) of joined documents, and the fp32 log-sum-exp (N, H).
 
-    `documents` (2, D + 1) is what `prepare` returns; none is longer than `longest`.
+    `documents` (2, D + 1) is as `prepare` returns it; none is longer than `longest`.
     """
     q_NHC, k_NKC, v_NKC = (x.contiguous() for x in (q_NHC, k_NKC, v_NKC))
     shape = _Shape.of(q_NHC, k_NKC, documents, longest, scale)

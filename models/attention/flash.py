@@ -33,7 +33,8 @@ def attend(
     kernel = _kernel()
     if kernel is None:
         return varlen.attend(q_BTHC, k_BSKC, v_BSKC, mask=mask, scale=scale)
-    offsets, longest = mask.prepared, q_BTHC.shape[1]
+    assert isinstance(mask.prepared, tuple), "the mask was prepared by varlen"
+    offsets, longest = mask.prepared[0], mask.prepared[1].shape[0]
     joined = [x.flatten(0, 1) for x in (q_BTHC, k_BSKC, v_BSKC)]
     out_NHC: Any = kernel(
         *joined, offsets, offsets, longest, longest, softmax_scale=scale, causal=True

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.attention import AttentionMask, sdpa, whole_row_offsets
+from models.attention import AttentionMask, longest_document, sdpa, whole_row_offsets
 
 NEEDS_WHOLE_ROWS = True
 SUPPORTS_WINDOWS = True
@@ -18,9 +18,11 @@ LARGEST_HEAD_DIM = 256
 OLDEST_GENERATION = 8  # Ampere
 
 
-def prepare(mask: AttentionMask) -> Tensor | None:
-    """Return the document offsets, or None where causal attention suffices."""
-    return sdpa.prepare(mask) if mask.is_causal else whole_row_offsets(mask)
+def prepare(mask: AttentionMask) -> tuple[Tensor, Tensor] | None:
+    """Return document offsets and `longest_document`, or None where causal attention suffices."""
+    if mask.is_causal:
+        return None
+    return whole_row_offsets(mask), longest_document(mask)
 
 
 def attend(
@@ -31,11 +33,10 @@ def attend(
         return sdpa.attend(q_BTHC, k_BSKC, v_BSKC, mask=mask, scale=scale)
     from torch.nn.attention.varlen import varlen_attn
 
-    offsets, longest = mask.prepared, q_BTHC.shape[1]
-    assert isinstance(offsets, Tensor), "the mask was prepared by this file"
+    assert isinstance(mask.prepared, tuple), "the mask was prepared by this file"
+    offsets, longest = mask.prepared[0], mask.prepared[1].shape[0]
     q_NHC, k_NKC, v_NKC = (x.flatten(0, 1) for x in (q_BTHC, k_BSKC, v_BSKC))
     options = _options(q_BTHC.shape[2] != k_BSKC.shape[2], mask.window)
-    # The longest document is taken to be a row: another number for each batch would recompile.
     out_NHC: Any = varlen_attn(
         q_NHC, k_NKC, v_NKC, offsets, offsets, longest, longest, scale=scale, **options
     )

@@ -152,6 +152,7 @@ class WrappedLM(nn.Module):
         positions_BT: Tensor,
         documents_BT: Tensor | None = None,
         document_offsets: Tensor | None = None,
+        longest_document_tokens: int | None = None,
         labels_BT: Tensor | None = None,
     ) -> Tensor:
         """Return logits (B, T, V), or with labels their fp32 log-probabilities (B, T).
@@ -159,7 +160,7 @@ class WrappedLM(nn.Module):
         As `DecoderLM.forward`. Documents are told apart by their positions, which begin anew with
         each; transformers makes the masks from them.
         """
-        del document_offsets
+        del document_offsets, longest_document_tokens
         positions: dict[str, Any] = {}
         if documents_BT is not None:
             assert self.takes_positions, "rows of several documents are refused otherwise"

@@ -38,14 +38,13 @@ class ContextForm(Protocol):
         documents_BT: Tensor | None,
         shape: torch.Size,
         device: torch.device,
-        *,
-        document_offsets: Tensor | None = None,
+        **whole_rows: Any,
     ) -> object:
         """Return what `attend` will be given as mask; called once per forward pass.
 
-        `make(places_BT, documents_BT=..., document_offsets=..., keys=(places_BS, documents_BS))` is
-        the model's own function, `shape` that of this rank's tokens (B, T / cp), `documents_BT`
-        are theirs, and `document_offsets` those of whole rows.
+        `make(places_BT, documents_BT=..., keys=(places_BS, documents_BS), ...)` is the model's own
+        function, `shape` that of this rank's tokens (B, T / cp), and `documents_BT` are theirs.
+        What `make` is told of whole rows beside these is in `whole_rows`.
         """
         ...
 
@@ -118,9 +117,9 @@ def _make_mask(
     positions_BT: Tensor,
     *,
     documents_BT: Tensor | None = None,
-    document_offsets: Tensor | None = None,
     keys: object = None,
+    **whole_rows: Any,
 ) -> object:
     assert keys is None, "a cache of keys and values is used on whole rows only"
     shape, device = positions_BT.shape, positions_BT.device
-    return form.mask(make, documents_BT, shape, device, document_offsets=document_offsets)
+    return form.mask(make, documents_BT, shape, device, **whole_rows)

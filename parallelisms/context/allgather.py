@@ -30,8 +30,7 @@ class AllGather:
         documents_BT: Tensor | None,
         shape: torch.Size,
         device: torch.device,
-        *,
-        document_offsets: Tensor | None = None,
+        **whole_rows: Any,
     ) -> object:
         """Return the mask of this rank's queries over the keys of all ranks."""
         num_rows, num_tokens = shape[0], shape[1] * self.degree

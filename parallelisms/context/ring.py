@@ -58,8 +58,7 @@ class Ring:
         documents_BT: Tensor | None,
         shape: torch.Size,
         device: torch.device,
-        *,
-        document_offsets: Tensor | None = None,
+        **whole_rows: Any,
     ) -> RingMask:
         """Return the masks of this rank's queries over the piece of each rank."""
         num_rows, length = shape

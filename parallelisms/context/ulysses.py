@@ -33,14 +33,13 @@ class Ulysses:
         documents_BT: Tensor | None,
         shape: torch.Size,
         device: torch.device,
-        *,
-        document_offsets: Tensor | None = None,
+        **whole_rows: Any,
     ) -> object:
         """Return the mask of whole rows."""
         order_T = torch.arange(shape[1] * self.degree, device=device)
         documents_BT = None if documents_BT is None else gather(documents_BT, 1, self.group)
         order_BT = order_T.expand(shape[0], -1).contiguous()
-        return make(order_BT, documents_BT=documents_BT, document_offsets=document_offsets)
+        return make(order_BT, documents_BT=documents_BT, **whole_rows)
 
     def attend(
         self,

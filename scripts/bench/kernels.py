@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.data.batch import document_offsets
+from engine.data.batch import document_offsets, longest_document_tokens
 from engine.logging import machine_report
 from models.attention import AttentionCore, AttentionMasks, backend_names, unsupported_reason
 from models.layers import liger as liger_kernels
@@ -77,8 +77,12 @@ def attention_of(backend: str, lengths: list[int]) -> Callable[..., Tensor]:
     masks, core = AttentionMasks(backend, head_dim=CHANNELS), AttentionCore(backend)
     packed: dict[str, Any] = {}
     if len(lengths) > 1:
-        offsets = document_offsets(documents_BT).cuda()
-        packed = {"documents_BT": documents_BT.cuda(), "document_offsets": offsets}
+        offsets = document_offsets(documents_BT)
+        packed = {
+            "documents_BT": documents_BT.cuda(),
+            "document_offsets": offsets.cuda(),
+            "longest_document_tokens": longest_document_tokens(offsets),
+        }
     mask = masks(positions_BT, **packed)
     return torch.compile(lambda q, k, v: core(q, k, v, mask=mask), fullgraph=True)
 

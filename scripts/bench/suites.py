@@ -123,7 +123,6 @@ def _long(
     steps: int = 4,
 ) -> BenchRow:
     """Return a model on long rows, which `gpus` share where cp is set."""
-    checkpointing = {"1b": "selective", "8b": "full"}[model]
     return BenchRow(
         name=f"llama-{model} {seq_len} tokens, {name}",
         gpus=gpus,
@@ -132,7 +131,7 @@ def _long(
             *_speed(1, attention, seq_len=seq_len),
             "--model.hf_assets_path=",
             f"--training.steps={steps}",
-            f"--activation_checkpoint.mode={checkpointing}",
+            "--activation_checkpoint.mode=selective",
             "--activation_checkpoint.selective_ac_option=op",
             *degrees,
         ),
@@ -155,8 +154,8 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _long("CP2 allgather", "flex", *_shared(2, "allgather")),
     ),
     "context-8b-2gpu": (
-        _long("CP2 ring", "sdpa", *_shared(2, "ring"), model="8b", seq_len=196608, steps=2),
-        _long("FSDP2", "sdpa", model="8b", seq_len=196608, steps=2),
+        _long("FSDP2", "sdpa", model="8b", seq_len=65536, steps=4),
+        _long("CP2 ring", "sdpa", *_shared(2, "ring"), model="8b", seq_len=65536, steps=4),
     ),
     "context-4gpu": (
         _long("FSDP4", "sdpa", gpus=4, model="8b"),

@@ -20,6 +20,7 @@ def batch_of(labels: list[list[int]]) -> Batch:
         positions_BT=places_BT,
         documents_BT=torch.ones_like(labels_BT),
         document_offsets=document_offsets(torch.ones_like(labels_BT)),
+        longest_document_tokens=labels_BT.shape[1],
         rows_B=torch.arange(len(labels)),
         sources_B=torch.zeros(len(labels), dtype=torch.int64),
         one_document_per_row=True,

@@ -51,6 +51,7 @@ def batch_of_pairs(*, unpaired: bool = False) -> Batch:
         positions_BT=torch.zeros_like(documents_BT),
         documents_BT=documents_BT,
         document_offsets=document_offsets(documents_BT),
+        longest_document_tokens=documents_BT.shape[1],
         rows_B=torch.tensor([0, 1, -1]),
         sources_B=torch.zeros(3, dtype=torch.int64),
         one_document_per_row=False,

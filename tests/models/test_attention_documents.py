@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
-from engine.data.batch import document_offsets
+from engine.data.batch import document_offsets, longest_document_tokens
 from models.attention import (
     AttentionMasks,
     eager,
@@ -109,7 +109,13 @@ def loss_and_gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     offsets = document_offsets(documents.cpu()).to(documents.device)
-    logits = model(tokens, positions_BT=positions, documents_BT=documents, document_offsets=offsets)
+    logits = model(
+        tokens,
+        positions_BT=positions,
+        documents_BT=documents,
+        document_offsets=offsets,
+        longest_document_tokens=longest_document_tokens(offsets),
+    )
     loss = logits[documents != 0].float().logsumexp(-1).square().mean()
     loss.backward()
     return loss.item(), gradients(model)
@@ -156,12 +162,12 @@ def test_another_packing_does_not_compile_blocks_again(backend: str, monkeypatch
         block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
     for lengths in (LENGTHS, [32], [1] * 32, [16, 16], [3] * 10 + [2]):
         positions, documents = rows_of(lengths, lengths)
-        offsets = document_offsets(documents)
         out = model(
             random_tokens(2, 32),
             positions_BT=positions,
             documents_BT=documents,
-            document_offsets=offsets,
+            document_offsets=document_offsets(documents),
+            longest_document_tokens=1 << max(lengths).bit_length(),
         )
         out.square().mean().backward()
     blocks = len(model.model.layers)

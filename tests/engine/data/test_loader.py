@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, collate
+from engine.data.batch import (
+    IGNORED_LABEL,
+    PADDING_DOCUMENT,
+    Batch,
+    collate,
+    longest_document_tokens,
+)
 from engine.data.loader import DataloaderConfig, train_batches, validation_batches
 from engine.data.rows import RowSource
 
@@ -191,6 +197,13 @@ def test_batches_know_their_documents(rows_of: RowsOf, jsonl: Path):
             for documents_T in batch.documents_BT
             for number in range(1, int(documents_T.max()) + 1)
         )
+        assert batch.longest_document_tokens == 128  # rows have 64
+
+
+def test_the_longest_document_is_bounded_by_a_power_of_two_padding_included():
+    for lengths, bound in (([100, 28], 128), ([129, 1], 256), ([3, 512], 512), ([513], 1024)):
+        offsets = torch.tensor([0, *lengths, 0], dtype=torch.int32).cumsum(0)
+        assert longest_document_tokens(offsets) == bound
 
 
 def test_rows_are_padded_to_a_multiple(rows: RowSource):
