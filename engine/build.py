@@ -1,15 +1,14 @@
 """From a configuration to a run that is ready for its next step; one helper for each part."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from engine.adapters import build_adapted, frozen_dtype, seed_dropout
 from engine.batches import (
     agree_on_data,
     check_pairs,
@@ -19,37 +18,31 @@ from engine.batches import (
     open_training_rows,
     open_validation_sources,
 )
-from engine.checkpoint import CheckpointConfig, Checkpointer, TrainingState
-from engine.cli import to_toml
+from engine.checkpoint import Checkpointer, TrainingState
 from engine.combinations import check_combinations
 from engine.config import JobConfig
 from engine.data.batch import Batch
-from engine.data.chat_templates import template_text
-from engine.data.config import CHAT_FORMATS
 from engine.data.loader import validation_batches
 from engine.data.mixture import MixedRows, numbered
 from engine.data.rows import RowSource
 from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from engine.distributed import World
 from engine.health import NonFinitePolicy
-from engine.hf_io import HfAssets, read_generation_config
 from engine.low_precision import float8_of, follow_updates, log_conversion, packs_frozen
 from engine.metrics import Meter, StepCosts, device_peak_flops
 from engine.model import Architecture, resolve_architecture
 from engine.neftune import EmbeddingNoise
 from engine.objectives import Objective
 from engine.optim import build_optimizer
-from engine.provenance import checkpoint_files
 from engine.reference import (
-    FoundReference,
     Policy,
     find_reference,
     open_reference,
-    refuse_other_reference,
 )
 from engine.rules import model_needs
 from engine.run_folder import RunFolder
 from engine.stalls import HOST_SYNCS_OF_A_STEP, StallWatch
+from engine.start import build_checkpointer, fill_weights
 from engine.step import Reference, Trainer
 from models.flops import (
     attention_train_flops,
@@ -60,7 +53,7 @@ from models.flops import (
 from models.registry import load_member
 from parallelisms.apply import parallelize
 from parallelisms.fsdp import PrecisionConfig
-from parallelisms.materialise import fill, materialise
+from parallelisms.materialise import materialise
 from parallelisms.mesh import ParallelDims
 
 log = logging.getLogger("tessera")
@@ -104,8 +97,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     agree_on_data(tokenizer, read)
     _log_work(config, dims, architecture)
 
-    model = _lay_out(config, dims, architecture)
-    materialise(model, config.training.parameters_on(world.device), computes_on=world.device)
+    model = _build_model(config, world, dims, architecture)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     follow_updates(config, model, optimizer)
     state = TrainingState(
@@ -114,12 +106,12 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
         counters=first_counters(),
         data_fingerprint=rows.fingerprint if rows else "",
     )
-    checkpointer = _build_checkpointer(
+    checkpointer = build_checkpointer(
         config, dims, architecture, tokenizer, folder, state.data_fingerprint
     )
     policy = Policy(config, dims, world.device, architecture, checkpointer)
     found = find_reference(policy, objective)
-    _fill_weights(policy, state, found)
+    fill_weights(policy, state, found)
     reference = open_reference(policy, found, read)
     meter = _build_meter(config, world, architecture, state)
     stalls = _build_stall_watch(config, architecture, world)
@@ -140,12 +132,14 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     )
 
 
-def _lay_out(config: JobConfig, dims: ParallelDims, architecture: Architecture) -> nn.Module:
-    """Return the model, laid out over the ranks, without memory for its parameters."""
-    model = architecture.build_meta()
+def _build_model(
+    config: JobConfig, world: World, dims: ParallelDims, architecture: Architecture
+) -> nn.Module:
+    """Return the parallel model, with memory for its parameters but without values."""
+    model, plan = build_adapted(architecture, config.adapter)
     parallelize(
         model,
-        architecture.plan,
+        plan,
         dims,
         parallel=config.parallelism,
         precision=precision_of(config),
@@ -157,6 +151,8 @@ def _lay_out(config: JobConfig, dims: ParallelDims, architecture: Architecture) 
     )
     _log_frozen(model)
     log_conversion(config, model)
+    materialise(model, config.training.parameters_on(world.device), computes_on=world.device)
+    seed_dropout(config.adapter, dims, config.debug.effective_seed)
     return model
 
 
@@ -196,8 +192,10 @@ def open_tokenizer(config: JobConfig) -> Tokenizer:
 def precision_of(config: JobConfig) -> PrecisionConfig:
     """Collect the number formats of a run from its training section."""
     training = config.training
+    param_dtype = getattr(torch, training.mixed_precision_param)
     return PrecisionConfig(
-        param_dtype=getattr(torch, training.mixed_precision_param),
+        param_dtype=param_dtype,
+        frozen_dtype=frozen_dtype(config.adapter, param_dtype),
         reduce_dtype=getattr(torch, training.mixed_precision_reduce),
         master_dtype=getattr(torch, training.dtype),
         cpu_offload=training.enable_cpu_offload,
@@ -224,83 +222,6 @@ def _validation_batches(
         )
         for rows in parts
     )
-
-
-def _build_checkpointer(
-    config: JobConfig,
-    dims: ParallelDims,
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    folder: RunFolder,
-    data_fingerprint: str,
-) -> Checkpointer:
-    family, sizes = architecture.family, architecture.config
-    hf_config = family.config_to_hf(sizes)
-    assets = HfAssets(
-        key_map=family.key_map(sizes),
-        config=hf_config,
-        save_tokenizer=partial(
-            tokenizer.save, chat_template=template_text(config.data.chat_template)
-        ),
-        generation_config=_generation_config(config, tokenizer, hf_config),
-    )
-    facts = {"data_fingerprint": data_fingerprint, "ranks": dims.describe()}
-    dtype = getattr(torch, config.checkpoint.export_dtype)
-    files = checkpoint_files(config_toml=to_toml(config), hf=assets, dtype=dtype, facts=facts)
-    return Checkpointer(
-        _checkpoint_section(config), folder.checkpoints, files=files, hf=assets, hf_folder=folder.hf
-    )
-
-
-def _checkpoint_section(config: JobConfig) -> CheckpointConfig:
-    """Fill in where Hugging Face weights come from if no path says so, as torchtitan 0.2 does."""
-    section = config.checkpoint
-    if section.initial_load_in_hf and not section.initial_load_path:
-        return replace(section, initial_load_path=config.model.hf_assets_path)
-    return section
-
-
-def _generation_config(
-    config: JobConfig, tokenizer: Tokenizer, hf_config: Mapping[str, object]
-) -> Mapping[str, object]:
-    """Return that of the model's folder; after chats, generation stops at ends of turns too."""
-    folder = config.model.hf_assets_path
-    found = read_generation_config(Path(folder)) if folder else {}
-    trained = config.data.read(config.training.dataset)
-    if not any(dataset != "dummy" and form in CHAT_FORMATS for dataset, form in trained):
-        return found
-    from engine.data.chat_template import ChatTemplate  # slow to import, and only for chats
-
-    text = template_text(config.data.chat_template) or tokenizer.chat_template
-    end_of_turn = ChatTemplate(text, tokenizer).end_of_turn_id()
-    if end_of_turn is None:
-        return found
-    special = {key: hf_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    found = found or {key: value for key, value in special.items() if value is not None}
-    ends = found.get("eos_token_id", [])
-    ends = ends if isinstance(ends, list) else [ends]
-    ends = [*ends, *({end_of_turn} - {*ends})]
-    return {**found, "eos_token_id": ends if len(ends) > 1 else ends[0]}
-
-
-def _fill_weights(policy: Policy, state: TrainingState, reference: FoundReference | None) -> None:
-    """Give the parameters their values: from a checkpoint where there is one, else initial ones."""
-    state.reference = reference.identity if reference else {}
-    config, checkpointer, section = policy.config, policy.checkpointer, policy.config.checkpoint
-    for key in ("initial_load_path", "initial_load_in_hf"):
-        if getattr(section, key) and not section.enable:
-            log.warning("checkpoint.%s has no effect: checkpoint.enable = false", key)
-    source = checkpointer.find(only_model=config.validation.only)
-    if source is None or section.initial_load_allow:
-        log.info("starting from initial values, seed %d", config.debug.effective_seed)
-        draw = policy.architecture.initial_values(state.model, seed=config.debug.effective_seed)
-        fill(state.model, draw)
-    if source is not None:
-        if source.kind == "resume":
-            refuse_other_reference(reference, config, source)
-        if source.kind == "hf" and not section.initial_load_path:
-            log.info("no checkpoint.initial_load_path: the weights are model.hf_assets_path's")
-        checkpointer.load(state, source)
 
 
 def _build_meter(

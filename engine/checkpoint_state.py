@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.optim import Optimizer
 
 from engine.checkpoint_storage import RankGroup, read_metadata, read_tensors
+from models.layers.lora import adapter_of
 from parallelisms.low_precision import full_precision, refuse_other_state, stored, zeros_by_rows
 
 COUNTERS_NAME = "counters.json"
@@ -65,6 +66,16 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             tensors[name] = tensor
     return tensors
+
+
+def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that belong to no adapter."""
+    return {name: tensor for name, tensor in tensors.items() if adapter_of(name) is None}
+
+
+def holds_adapters(folder: Path) -> bool:
+    """Say whether a checkpoint has parameters of adapters."""
+    return any(adapter_of(name) for name in read_metadata(folder).state_dict_metadata)
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:
@@ -134,6 +145,8 @@ def restore(
     tensors: dict[str, Tensor] = {}
     if "model" in parts:
         tensors = _stored_tensors(state.model)
+        if "optimizer" not in parts and not holds_adapters(folder):
+            tensors = base_tensors(tensors)  # new adapters beside a base that was trained before
         refuse_other_model(tensors, metadata, folder, widen=widen)
     slots = _optimizer_slots(state, metadata) if "optimizer" in parts else {}
     for name, parameter_slots in slots.items():

@@ -7,6 +7,7 @@ that the whole run reads.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.adapters import AdapterConfig
 from engine.checkpoint import CheckpointConfig
 from engine.combinations import refusals
 from engine.data.config import DataConfig
@@ -80,6 +81,7 @@ class JobConfig:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)

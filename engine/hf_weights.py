@@ -20,9 +20,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engine.checkpoint_state import list_names, model_tensors
+from engine.checkpoint_state import base_tensors, list_names, model_tensors
 from engine.checkpoint_storage import RankGroup
 from engine.distributed import launched_world_size
+from models.layers.lora import adapter_of
 from models.weights import KeyMap
 from parallelisms.shared_fill import fill_shared
 
@@ -172,7 +173,8 @@ def load_into(
     """
     started = time.perf_counter()
     group = ranks or RankGroup()
-    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
+    tensors = base_tensors(model_tensors(model))  # a folder of a model holds no adapters
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def open_checked() -> tuple[HfWeights, KeyMap]:
         weights = HfWeights(folder)
@@ -189,6 +191,7 @@ def load_into(
             return weights.read(places[name].stored, places[name].slices(slices))
 
         kept = {name for name, place in places.items() if place.stored not in weights.names}
+        kept |= {name for name, _ in model.named_parameters() if adapter_of(name) is not None}
         fill = partial(fill_shared, skip=kept, share_replicas=_on_several_nodes())
         group.together(lambda: fill(model, draw))
     finally:

@@ -128,6 +128,15 @@ LOW_PRECISION_RULES = (
         ),
     ),
     Rule(
+        id="float8_beside_adapters",
+        keys=("model.converters", "adapter.kind"),
+        applies=lambda f: _float8(f) is not None and bool(f.config.adapter.specs),
+        reason=(
+            "frozen layers would be cast to float8 for every pass, for gradients that nobody wants"
+        ),
+        remedy="take 'float8' out, or train the model itself with adapter.kind = 'none'",
+    ),
+    Rule(
         id="float8_without_its_package",
         keys=("model.converters",),
         applies=lambda f: f.is_here and _float8(f) is not None and "torchao" in f.missing,
@@ -165,7 +174,7 @@ LOW_PRECISION_RULES = (
         keys=("model.converters", "model.freeze"),
         applies=lambda f: _packs(f) and not f.freezes_weights,
         reason="only frozen weights are kept in four bits, and all are trained",
-        remedy="freeze linear layers with model.freeze, or take 'nf4' out",
+        remedy="train adapters (adapter.kind) or freeze linears with model.freeze, or leave it out",
     ),
     Rule(
         id="four_bits_with_tensor_parallelism",
@@ -191,9 +200,11 @@ LOW_PRECISION_RULES = (
     Rule(
         id="four_bits_beside_a_whole_reference",
         keys=("model.converters", "objective.name"),
-        applies=lambda f: _packs(f) and f.config.objective.name in WITH_REFERENCE,
+        applies=lambda f: (
+            _packs(f) and f.config.objective.name in WITH_REFERENCE and not f.config.adapter.specs
+        ),
         reason="the answers would be compared with those of the unpacked model, kept beside it",
-        remedy="use an objective without a reference, such as 'orpo', or take 'nf4' out",
+        remedy="train adapters, without which the base is the reference, or take 'nf4' out",
     ),
 )
 """What low precision cannot be combined with."""

@@ -32,6 +32,13 @@ DECIDES_THE_WEIGHTS = frozenset(
         "model.hf_assets_path",
         "model.tokenizer_path",
         "model.freeze",
+        "adapter.kind",
+        "adapter.name",
+        "adapter.rank",
+        "adapter.alpha",
+        "adapter.use_rslora",
+        "adapter.targets",
+        "adapter.more",
         "training.dtype",
     }
 )
@@ -87,7 +94,8 @@ class Difference:
     def forbids_resuming(self, *, only_model: bool) -> bool:
         """Whether a checkpoint of the old configuration, or its model, means nothing to the new."""
         decides_rows = self.key in DECIDES_THE_ROWS or self.key.startswith("data.sources.")
-        return self.key in DECIDES_THE_WEIGHTS or (decides_rows and not only_model)
+        decides_weights = self.key in DECIDES_THE_WEIGHTS or self.key.startswith("adapter.more.")
+        return decides_weights or (decides_rows and not only_model)
 
     def __str__(self) -> str:
         """Return `key: old -> new`."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.decoder import DecoderConfig
+from models.layers.lora import adapter_of
 from models.layers.norm import RMSNorm
 
 BLOCK_ROWS = 64
@@ -26,11 +27,14 @@ RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 class InitialRule:
     """What a parameter starts from."""
 
-    kind: Literal["normal", "zeros", "ones"]
+    kind: Literal["normal", "uniform", "zeros", "ones"]
     """Family of values."""
 
     std: float = 0.0
     """Standard deviation of `normal`."""
+
+    bound: float = 0.0
+    """Largest size of a `uniform` value."""
 
 
 def initial_values(
@@ -58,6 +62,8 @@ def initial_rule(model: nn.Module, config: DecoderConfig, name: str) -> InitialR
     2019, "Language Models are Unsupervised Multitask Learners", section 2.3, with Llama's
     `initializer_range`.
     """
+    if adapter_of(name) is not None:
+        return adapter_rule(name, model.get_parameter(name).shape)
     owner_name, _, kind = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if isinstance(owner, RMSNorm):
@@ -71,6 +77,28 @@ def initial_rule(model: nn.Module, config: DecoderConfig, name: str) -> InitialR
     return InitialRule(kind="normal", std=std)
 
 
+def adapter_rule(name: str, shape: Sequence[int]) -> InitialRule:
+    """Return the rule of an adapter's parameter, under which it begins without an effect.
+
+    As in PEFT: A by `kaiming_uniform_(a=sqrt(5))`, which is uniform up to 1 / sqrt(inputs), and B
+    zero. A magnitude has its value once the weight beside it has: `engine/adapters.py`.
+    """
+    if ".lora_A." in name:
+        return InitialRule(kind="uniform", bound=1.0 / math.sqrt(shape[1]))
+    return InitialRule(kind="zeros" if ".lora_B." in name else "ones")
+
+
+def adapter_values(model: nn.Module, *, seed: int) -> Callable[[str, Sequence[slice]], Tensor]:
+    """Return the function that draws part of a named parameter of an adapter of `model`."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def draw(name: str, slices: Sequence[slice]) -> Tensor:
+        rule = adapter_rule(name, shapes[name])
+        return initial_slice(name, shapes[name], rule, slices, seed)
+
+    return draw
+
+
 def initial_slice(
     name: str, shape: Sequence[int], rule: InitialRule, slices: Sequence[slice], seed: int
 ) -> Tensor:
@@ -80,20 +108,23 @@ def initial_slice(
     """
     ranges = [range(*s.indices(n)) for s, n in zip(slices, shape, strict=False)]
     sizes = [len(r) for r in ranges] + list(shape[len(ranges) :])
-    if rule.kind != "normal":
+    if rule.kind not in ("normal", "uniform"):
         return torch.full(sizes, 1.0 if rule.kind == "ones" else 0.0)
     part = torch.empty(sizes)
     rows, inner = ranges[0], tuple(slices[1:])
     for block in range(rows.start // BLOCK_ROWS, math.ceil(rows.stop / BLOCK_ROWS)):
         first = block * BLOCK_ROWS
         last = min(first + BLOCK_ROWS, shape[0])
-        values = torch.randn(
+        draw = torch.randn if rule.kind == "normal" else torch.rand
+        values = draw(
             (last - first, *shape[1:]), generator=_generator(seed, name, block), device="cpu"
         )
         start, stop = max(first, rows.start), min(last, rows.stop)
         wanted = values[(slice(start - first, stop - first), *inner)]
         part[start - rows.start : stop - rows.start] = wanted
-    return part.mul_(rule.std)
+    return (
+        part.mul_(rule.std) if rule.kind == "normal" else part.mul_(2.0).sub_(1.0).mul_(rule.bound)
+    )
 
 
 def _generator(seed: int, name: str, block: int) -> torch.Generator:

@@ -3,8 +3,11 @@
 Standard library only: `parallelisms/` reads this file and nothing else of `models/`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Literal
 
 Role = Literal[
@@ -22,6 +25,9 @@ Role = Literal[
     "vocab_columns",  # language-model head: log-probabilities over a split vocabulary
     "replicated",  # not split
     "whole_output",  # results leave as plain tensors
+    "adapter_columns",  # part of an adapted linear, split as that is over its outputs
+    "adapter_rows",  # part of an adapted linear, split as that is over its inputs
+    "adapter_whole",  # part of an adapted linear, replicated
 ]
 
 
@@ -94,3 +100,49 @@ class ModelPlan:
             tied=self.tied + tuple(pair for pair in other.tied if pair not in self.tied),
             tensor={**self.tensor, **other.tensor},
         )
+
+
+def match(names: Iterable[str], pattern: str) -> list[str]:
+    """Return the names that a pattern matches; wildcards stay within one dot-separated part."""
+    parts = pattern.split(".")
+    found = []
+    for name in names:
+        name_parts = name.split(".")
+        if len(name_parts) == len(parts) and all(map(fnmatchcase, name_parts, parts)):
+            found.append(name)
+    return found
+
+
+def match_or_raise(names: Sequence[str], pattern: str, what: str) -> list[str]:
+    """Return what `match` finds; ValueError with the nearest names if that is nothing."""
+    found = match(names, pattern)
+    if not found:
+        hint = nearest_names(pattern, names)
+        raise ValueError(f"{what} {pattern!r} matches nothing in the model{hint}")
+    return found
+
+
+def match_expression(names: Sequence[str], expression: str, key: str, kind: str) -> list[str]:
+    """Return the names that a regular expression matches as a whole; ValueError if none.
+
+    `key` is the setting that holds it, `kind` what the names are of.
+    """
+    try:
+        compiled = re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"{key}: {expression!r} is no regular expression ({error}); mend it"
+        ) from error
+    found = [name for name in names if compiled.fullmatch(name)]
+    if not found:
+        raise ValueError(
+            f"{key} expression {expression!r} matches no whole {kind} name"
+            + nearest_names(expression.replace("\\", ""), names)
+        )
+    return found
+
+
+def nearest_names(pattern: str, names: Sequence[str]) -> str:
+    """Return the end of an error that names what `pattern` may have meant."""
+    nearest = get_close_matches(pattern, names, n=3, cutoff=0.3)
+    return f"; the nearest names are {', '.join(nearest)}" if nearest else ""

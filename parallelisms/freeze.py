@@ -1,12 +1,11 @@
 """Which parameters are trained: what is left of a model by the entries of `model.freeze`."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.nn import Parameter
 
-from parallelisms.resolve import match_or_raise, nearest_names
+from models.plan import match_expression, match_or_raise
 
 
 def trainable_names(model: nn.Module, frozen: Sequence[str], blocks: Sequence[str]) -> set[str]:
@@ -25,7 +24,8 @@ def trainable_names(model: nn.Module, frozen: Sequence[str], blocks: Sequence[st
 def _matched(entry: str, named: Mapping[str, Parameter], blocks: Sequence[str]) -> list[Parameter]:
     kind, colon, rest = entry.partition(":")
     if kind == "regex" and colon:
-        return [named[name] for name in _matching_expression(rest, list(named))]
+        found = match_expression(list(named), rest, "model.freeze", "parameter")
+        return [named[name] for name in found]
     if kind == "blocks" and colon:
         found = _chosen_blocks(entry, rest, blocks)
     elif colon:
@@ -36,22 +36,6 @@ def _matched(entry: str, named: Mapping[str, Parameter], blocks: Sequence[str]) 
     else:
         found = match_or_raise(_paths(named), entry, "model.freeze pattern")
     return [p for name, p in named.items() if any(_is_under(name, path) for path in found)]
-
-
-def _matching_expression(expression: str, names: Sequence[str]) -> list[str]:
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        raise ValueError(
-            f"model.freeze: {expression!r} is no regular expression ({error}); mend it"
-        ) from error
-    found = [name for name in names if compiled.fullmatch(name)]
-    if not found:
-        raise ValueError(
-            f"model.freeze expression {expression!r} matches no whole parameter name"
-            + nearest_names(expression.replace("\\", ""), names)
-        )
-    return found
 
 
 def _chosen_blocks(entry: str, choice: str, blocks: Sequence[str]) -> list[str]:

@@ -36,6 +36,9 @@ class PrecisionConfig:
     master_dtype: torch.dtype = torch.float32
     """Dtype of the parameters and optimizer states that each rank keeps."""
 
+    frozen_dtype: torch.dtype | None = None
+    """Dtype of parameters that are not trained; None: `master_dtype`."""
+
     cpu_offload: bool = False
     """Keep master parameters, gradients and optimizer states in host memory."""
 
@@ -46,6 +49,8 @@ class PrecisionConfig:
             "master": self.master_dtype,
             "reduce": self.reduce_dtype,
         }
+        if self.frozen_dtype is not None:
+            names["frozen"] = self.frozen_dtype
         text = ", ".join(f"{k} {str(v).removeprefix('torch.')}" for k, v in names.items())
         return text + (", masters in host memory" if self.cpu_offload else "")
 

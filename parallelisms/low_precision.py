@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from parallelisms.nf4 import NF4Weight, local_part
-from parallelisms.resolve import SPLIT_DIM, ResolvedPlan
+from parallelisms.resolve import SPLIT_DIM, ResolvedPlan, block_linears
 
 log = logging.getLogger("tessera")
 
@@ -82,12 +82,7 @@ def convert_linears(
         # The product of a weight's gradient adds over tokens, whose number may be any.
         pad_inner_dim=not float8.emulates,
     )
-    inside = {
-        name: module
-        for block in plan.blocks
-        for name, module in model.get_submodule(block).named_modules(prefix=block)
-        if isinstance(module, nn.Linear)
-    }
+    inside = block_linears(model, plan.blocks)
     left = {
         name: reason
         for name, module in inside.items()

@@ -76,12 +76,16 @@ def _is_strided(placement: Placement) -> bool:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, draw: Draw) -> None:
-    """Set every parameter from `draw(name, slices)`, called for this rank's part of it.
+def fill(
+    model: nn.Module, draw: Draw, *, chosen: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Set every parameter that is `chosen` from `draw(name, slices)`, called for this rank's part.
 
     A tied parameter is drawn once, under its first name. `draw` is not called for an empty part.
     """
     for name, parameter in model.named_parameters():
+        if not chosen(name):
+            continue
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         slices = local_slices(parameter)
         if local.numel():

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from parallelisms.resolve import ResolvedPlan
+from parallelisms.resolve import ResolvedPlan, block_linears
 
 BLOCK = 64
 """Weights of a row that share a scale. Scales are bytes, those of a row share a factor."""
@@ -241,25 +241,19 @@ def pack_frozen(
 
     Returns those that stay as they are with the reason. ValueError where none is left to pack.
     """
+    linears = block_linears(model, plan.blocks)
     left: dict[str, str] = {}
-    packed = 0
-    for block in plan.blocks:
-        for inner, module in model.get_submodule(block).named_modules(prefix=block):
-            if not isinstance(module, nn.Linear):
-                continue
-            name = f"{inner}.weight"
-            reason = _reason(module.weight, is_trained=name in trainable, num_shards=num_shards)
-            if reason is not None:
-                left[inner] = reason
-                continue
-            weight = module.weight
-            memory = torch.empty(
-                (weight.shape[0], packed_bytes(weight.shape[1])), dtype=torch.uint8, device="meta"
-            )
-            values = NF4Weight(memory, weight.shape, weight.dtype)
-            module.weight = nn.Parameter(values, requires_grad=False)
-            packed += 1
-    if not packed:
+    for name, module in linears.items():
+        weight, is_trained = module.weight, f"{name}.weight" in trainable
+        reason = _reason(weight, is_trained=is_trained, num_shards=num_shards)
+        if reason is not None:
+            left[name] = reason
+            continue
+        size = (weight.shape[0], packed_bytes(weight.shape[1]))
+        packed = torch.empty(size, dtype=torch.uint8, device="meta")
+        values = NF4Weight(packed, weight.shape, weight.dtype)
+        module.weight = nn.Parameter(values, requires_grad=False)
+    if len(left) == len(linears):
         raise ValueError(
             f'model.converters has "nf4", and no linear layer of the blocks can be packed: '
             f"{first_reasons(left)}; freeze some with model.freeze, or take it out"

@@ -3,14 +3,12 @@
 Works on a meta model without a process group, so that a configuration can be checked anywhere.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 from torch import nn
 
-from models.plan import ModelPlan, Role
+from models.plan import ModelPlan, Role, match, match_or_raise
 from parallelisms.mesh import ParallelDims
 
 ENTRANCES: frozenset[Role] = frozenset({"gather_tokens", "split_tokens", "whole_output"})
@@ -24,6 +22,8 @@ SPLIT_DIM: Mapping[Role, int] = {
     "columns_whole": 0,
     "rows_whole": 1,
     "vocab_columns": 0,
+    "adapter_columns": 0,
+    "adapter_rows": 1,
 }
 """Which dim of a weight tensor parallelism splits; roles not listed replicate it."""
 
@@ -52,6 +52,12 @@ class ResolvedPlan:
     roles: Mapping[str, Role]
     rows: tuple[PlanRow, ...]
 
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the linears that hold adapters: their parts lie two levels below them."""
+        parts = [name for name, role in self.roles.items() if role.startswith("adapter_")]
+        return frozenset(name.rsplit(".", 2)[0] for name in parts)
+
     def table(self) -> str:
         """Return the plan table as text."""
         header = ("pattern", "role", "modules", "placement", "MiB per rank")
@@ -68,32 +74,6 @@ class ResolvedPlan:
 
 def _mib(row: PlanRow) -> str:
     return f"{row.bytes_per_rank / 2**20:,.2f}" if row.bytes_per_rank else "-"
-
-
-def match(names: Iterable[str], pattern: str) -> list[str]:
-    """Return the names that a pattern matches; wildcards stay within one dot-separated part."""
-    parts = pattern.split(".")
-    found = []
-    for name in names:
-        name_parts = name.split(".")
-        if len(name_parts) == len(parts) and all(map(fnmatchcase, name_parts, parts)):
-            found.append(name)
-    return found
-
-
-def match_or_raise(names: Sequence[str], pattern: str, what: str) -> list[str]:
-    """Return what `match` finds; ValueError with the nearest names if that is nothing."""
-    found = match(names, pattern)
-    if not found:
-        hint = nearest_names(pattern, names)
-        raise ValueError(f"{what} {pattern!r} matches nothing in the model{hint}")
-    return found
-
-
-def nearest_names(pattern: str, names: Sequence[str]) -> str:
-    """Return the end of an error that names what `pattern` may have meant."""
-    nearest = get_close_matches(pattern, names, n=3, cutoff=0.3)
-    return f"; the nearest names are {', '.join(nearest)}" if nearest else ""
 
 
 def resolve(model: nn.Module, plan: ModelPlan, dims: ParallelDims) -> ResolvedPlan:
@@ -165,6 +145,17 @@ def _check_ties(model: nn.Module, tied: Sequence[tuple[str, str]]) -> None:
                 f"{name} and {first} are one tensor, but ModelPlan.tied does not list them; "
                 f"add ({first!r}, {name!r})"
             )
+
+
+def block_linears(model: nn.Module, blocks: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return the linear layers of the blocks by name; those inside another belong to it."""
+    found: dict[str, nn.Linear] = {}
+    for block in blocks:
+        for name, module in model.get_submodule(block).named_modules(prefix=block):
+            is_part = any(name.startswith(f"{other}.") for other in list(found)[-1:])
+            if isinstance(module, nn.Linear) and not is_part:
+                found[name] = module
+    return found
 
 
 def divisors(number: int) -> list[int]:

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from models.plan import Role
+from parallelisms.adapters import adapted_styles
 from parallelisms.collectives import wait_differentiably
 from parallelisms.resolve import ResolvedPlan
 from parallelisms.vocabulary import VocabularyLogps
@@ -141,6 +142,10 @@ def styles(*, sequence_parallel: bool, loss_parallel: bool) -> dict[Role, Parall
         "vocab_columns": VocabularyColumns(tokens, loss_parallel=loss_parallel),
         "replicated": Replicated(),
         "whole_output": WholeOutput(),
+        # The adapted linear around them does what there is to do.
+        "adapter_columns": None,
+        "adapter_rows": None,
+        "adapter_whole": None,
     }
 
 
@@ -157,8 +162,10 @@ def apply_tensor(
     Ties are broken and frozen parameters thawed by the styles: the caller repairs both.
     """
     table = styles(sequence_parallel=sequence_parallel, loss_parallel=loss_parallel)
+    adapted = adapted_styles(Shard(1) if sequence_parallel else Replicate())
     for name, role in plan.roles.items():
-        if (style := table[role]) is not None:
+        style = adapted[role] if name in plan.adapted else table[role]
+        if style is not None:
             parallelize_module(model.get_submodule(name), mesh, style)
     for name in plan.first:
         model.get_submodule(name).register_forward_hook(_wait)

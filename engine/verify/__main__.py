@@ -3,12 +3,13 @@
 import sys
 
 from engine.cli import USER_MISTAKE_EXIT_CODE
-from engine.verify import command, elastic_command, families_command, hf_command
+from engine.verify import command, elastic_command, families_command, hf_command, lora_command
 
 COMMANDS = {
     "parity": command.main,
     "families": families_command.main,
     "hf": hf_command.main,
+    "lora": lora_command.main,
     "data-elastic": elastic_command.main,
 }
 

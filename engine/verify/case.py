@@ -12,6 +12,7 @@ CHECKPOINTING = ("none", "full", "op", "2", "budget")
 RESHARD = ("default", "always", "never")
 BACKENDS = ("aot_eager", "inductor")
 KERNELS = ("torch", "liger")
+ADAPTERS = ("none", "lora", "dora")
 OBJECTIVES = ("pretrain", "dpo", "orpo", "simpo", "kto")
 ATTENTION = ("eager", "sdpa", "flex", "cudnn", "varlen", "flash")
 
@@ -51,6 +52,7 @@ class Case:
     offload: bool = False
     neftune: bool = False  # noise on the embeddings
     objective: str = "pretrain"
+    adapter: str = "none"
     bfloat16: bool = False
 
     @property
@@ -87,6 +89,7 @@ WORDS: Mapping[str, tuple[str, object]] = {
     **{name: ("kernels", name) for name in KERNELS[1:]},
     "unpacked": ("packed", False),
     **{name: ("objective", name) for name in OBJECTIVES[1:]},
+    **{name: ("adapter", name) for name in ADAPTERS[1:]},
     **{f"reshard-{name}": ("reshard", name) for name in RESHARD[1:]},
     **{name: (name, True) for name in ("tied", "bias", "chunks", "offload", "neftune", "bfloat16")},
 }

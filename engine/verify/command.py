@@ -12,7 +12,7 @@ from engine.cli import USER_MISTAKE_EXIT_CODE, is_first_rank
 from engine.distributed import launched_world_size
 from engine.rules import usable_gpus
 from engine.verify.case import OBJECTIVES, Case, parse
-from engine.verify.faults import FAULTS
+from engine.verify.faults import FAULTS, Fault
 from engine.verify.plans import PlanList, list_plans
 from engine.verify.ranks import Job, PlanJob, check_plans, joined, run_here
 from engine.verify.refusals import Rules
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     )
     report.begin()
     if "RANK" in os.environ:
-        _run_launched(job, report)
+        run_launched(job, report)
     else:
         run_here(job, request.world_size, report.add)
     code = report.end()
@@ -109,14 +109,10 @@ def resolve(options: argparse.Namespace) -> Request:
     if case is not None and options.objective != OBJECTIVES[0]:
         case = replace(case, objective=options.objective)
     fault = options.fault
-    if fault is not None and fault not in FAULTS:
-        raise ValueError(
-            f"--fault {fault!r} is not known; {suggestion(fault, FAULTS)}use list, or one of "
-            f"{', '.join(FAULTS)}"
-        )
+    find_fault(fault)
     if case is None and fault is not None and not options.all:
         case = FAULTS[fault].example
-    device_type, world_size = _place(options, case)
+    device_type, world_size = find_place(options, case, CPU_RANKS)
     subject, model = find_subject(options.model, device_type)
     subject = subject.for_ranks(world_size)
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
@@ -139,11 +135,21 @@ def resolve(options: argparse.Namespace) -> Request:
     )
 
 
-def _place(options: argparse.Namespace, case: Case | None) -> tuple[str, int]:
-    """Return the device type and the number of ranks."""
+def find_fault(name: str | None) -> Fault | None:
+    """Return the fault that `--fault` names; ValueError if there is none of that name."""
+    if name is not None and name not in FAULTS:
+        raise ValueError(
+            f"--fault {name!r} is not known; {suggestion(name, FAULTS)}use list, or one of "
+            f"{', '.join(FAULTS)}"
+        )
+    return None if name is None else FAULTS[name]
+
+
+def find_place(options: argparse.Namespace, case: Case | None, cpu_ranks: int) -> tuple[str, int]:
+    """Return the device type and the number of ranks; `cpu_ranks` where nothing says how many."""
     launched = launched_world_size() if "RANK" in os.environ else None
     gpus = usable_gpus()
-    usual = gpus if gpus and options.device != "cpu" else CPU_RANKS
+    usual = gpus if gpus and options.device != "cpu" else cpu_ranks
     world_size = options.ranks or launched or (case.world_size if case else usual)
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks {options.ranks}: give at least 1")
@@ -184,7 +190,7 @@ def _plans(
     return PlanList(cases=[case])
 
 
-def _run_launched(job: Job, report: Report) -> None:
+def run_launched(job: Job, report: Report) -> None:
     """Run the job on the ranks of a launcher, which ends the others when this one fails."""
     try:
         with joined(job) as host_group:

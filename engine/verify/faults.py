@@ -22,6 +22,7 @@ import parallelisms.tensor
 from engine.verify import parity
 from engine.verify.case import Case
 from models.plan import ModelPlan
+from parallelisms.adapters import SplitLayout
 
 Planted = Callable[[], AbstractContextManager[Any]]
 
@@ -136,6 +137,10 @@ def _one_gradient_lost() -> AbstractContextManager[Any]:
     return patch.object(parity, "train", wrong)
 
 
+def _own_part(layout: SplitLayout, part: str, parameter: DTensor) -> Tensor | None:
+    return None if layout.split == "rows" and part == "bias" else parameter.to_local()
+
+
 def _last_rank(act: Callable[[], None]) -> Planted:
     def planted() -> AbstractContextManager[Any]:
         train = parity.train
@@ -199,6 +204,20 @@ FAULTS = {
         example=Case(shard=2),
         applies=lambda case: case.packed,
         planted=_one_document_a_row,
+    ),
+    "unsummed_adapter": Fault(
+        sentence="an adapter's matrix that ranks share keeps the gradient of one rank's part",
+        example=Case(tp=2, adapter="lora"),
+        applies=lambda case: case.tp > 1 and case.adapter != "none",
+        planted=lambda: patch("parallelisms.adapters.SplitLayout.local", _own_part),
+    ),
+    "length_of_a_part": Fault(
+        sentence="DoRA divides by the length of the part of a row that its rank holds",
+        example=Case(tp=2, adapter="dora"),
+        applies=lambda case: case.tp > 1 and case.adapter == "dora",
+        planted=lambda: patch(
+            "parallelisms.adapters.SplitLayout.sum_over_inputs", lambda layout, partial: partial
+        ),
     ),
     "lost_gradient": Fault(
         sentence="one parameter has no gradient",

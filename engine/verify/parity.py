@@ -6,7 +6,7 @@ plan is, `subject.py` which model is compared.
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,9 +19,10 @@ from engine.neftune import EmbeddingNoise
 from engine.reference import ReferenceModel
 from engine.verify.case import Case
 from engine.verify.preference import OTHER_WEIGHTS, Judge, with_pairs
-from engine.verify.subject import TINY, Subject
+from engine.verify.subject import TINY, Subject, adapters_of
+from models.adapters import adapt
 from models.decoder import DecoderConfig
-from models.initialise import initial_values
+from models.initialise import InitialRule, initial_slice, initial_values
 from models.plan import ModelPlan
 from parallelisms import ParallelConfig, ParallelDims, parallelize
 from parallelisms.activation_checkpoint import ActivationCheckpointConfig
@@ -39,6 +40,7 @@ BF16_ON_GPUS = 6e-2  # wider tensors; 2.8e-2 is the worst seen
 ZERO_GRADIENT_FLOOR = 1e-6  # below this a gradient counts as zero in theory
 IGNORED_LABEL = -100
 NOISE_ALPHA = 5.0
+ADAPTED = InitialRule(kind="normal", std=0.1)  # B, which begins with zeros and would hide A
 SEED = 7
 
 
@@ -57,6 +59,9 @@ class Comparison:
     problems: tuple[str, ...] = ()
     """Gradients that are missing, or zero everywhere where the reference's are not."""
 
+    checks: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What else was compared, by its column, with the relative error."""
+
     @property
     def loss_error(self) -> float:
         """Return the difference of the losses, relative to the reference."""
@@ -64,8 +69,8 @@ class Comparison:
 
     def is_within(self, tolerance: float) -> bool:
         """Say whether the loss and every gradient are; what is not a number never is."""
-        within = self.loss_error <= tolerance and self.worst_error <= tolerance
-        return within and not self.problems
+        errors = (self.loss_error, self.worst_error, *self.checks.values())
+        return all(error <= tolerance for error in errors) and not self.problems
 
     def check(self, tolerance: float = FP32_REORDERED_SUM) -> None:
         """Fail unless the loss and every gradient are within `tolerance`."""
@@ -109,10 +114,12 @@ def forward(model: nn.Module, rows: dict[str, Tensor], case: Case) -> Tensor:
 
 
 def start_values(model: nn.Module, config: DecoderConfig) -> Callable[[str, tuple], Tensor]:
-    """Draw the engine's initial values, with norms and biases moved off one and zero."""
+    """Draw the engine's initial values, with all that are one or zero moved off it."""
     draw = initial_values(model, config, seed=SEED)
 
     def moved(name: str, slices: tuple[slice, ...]) -> Tensor:
+        if ".lora_B." in name:
+            return initial_slice(name, model.get_parameter(name).shape, ADAPTED, slices, SEED)
         values = draw(name, slices)
         if values.ndim == 1:
             rows = torch.arange(slices[0].start, slices[0].stop, dtype=torch.float32)
@@ -124,7 +131,7 @@ def start_values(model: nn.Module, config: DecoderConfig) -> Callable[[str, tupl
 
 def reference_case(case: Case) -> Case:
     """Return the single plain process that computes the same thing."""
-    kept = ("tied", "vocab", "bias", "packed", "neftune", "objective")
+    kept = ("tied", "vocab", "bias", "packed", "neftune", "objective", "adapter")
     return Case(**{name: getattr(case, name) for name in kept})
 
 
@@ -134,8 +141,10 @@ def reference(
 ) -> tuple[float, dict[str, Tensor]]:
     """Return loss and gradients of one fp32 process that knows no parallelism."""
     config = subject.sizes(case)
-    with torch.device(device_type):
+    with torch.device("meta"):
         model = subject.family.build(config)
+    adapt(model, subject.family.plan(config), adapters_of(case))
+    materialise(model, device_type)
     fill(model, start_values(model, config))
     rows = {name: value.to(device_type) for name, value in batch(case, subject).items()}
     alone = ParallelDims.of(ParallelConfig(), 1)
@@ -208,13 +217,16 @@ def build_case(
         dims = ParallelDims.of(parallel, case.world_size).build(device_type)
     with torch.device("meta"):
         model = subject.family.build(config)
+    param_dtype = torch.bfloat16 if case.bfloat16 else torch.float32
+    plan = adapt(model, plan or subject.family.plan(config), adapters_of(case))
     parallelize(
         model,
-        plan or subject.family.plan(config),
+        plan,
         dims,
         parallel=parallel,
         precision=PrecisionConfig(
-            param_dtype=torch.bfloat16 if case.bfloat16 else torch.float32,
+            param_dtype=param_dtype,
+            frozen_dtype=None if case.adapter == "none" else param_dtype,
             cpu_offload=case.offload,
         ),
         activation_checkpoint=checkpoint_config(case.checkpointing),
@@ -316,7 +328,7 @@ def compare_with(
     device_type: str = "cpu",
 ) -> Comparison:
     """Compare the loss and every gradient with `expected` ones; every rank must call this."""
-    names = {name for name, _ in model.named_parameters()}
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     problems = [f"{name} is on one side only" for name in sorted(names ^ set(expected))]
     worst_error, worst_name = 0.0, ""
     for name, parameter in model.named_parameters():
@@ -365,10 +377,11 @@ def run_case(
 def worst(comparisons: list[Comparison]) -> Comparison:
     """Return the comparison of all ranks together: the largest error, and every problem."""
 
-    def size(one: Comparison) -> float:
-        return one.worst_error if one.worst_error == one.worst_error else float("inf")
+    def size(error: float) -> float:
+        return error if error == error else float("inf")
 
-    found = max(comparisons, key=size)
+    found = max(comparisons, key=lambda one: size(one.worst_error))
     loss = max(comparisons, key=lambda one: one.loss_error).loss
     problems = dict.fromkeys(p for one in comparisons for p in one.problems)
-    return replace(found, loss=loss, problems=tuple(problems))
+    checks = {n: max((one.checks[n] for one in comparisons), key=size) for n in found.checks}
+    return replace(found, loss=loss, problems=tuple(problems), checks=checks)

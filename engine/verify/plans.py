@@ -41,11 +41,16 @@ class PlanList:
 
 
 def list_plans(
-    world_size: int, *, device_type: str, refusal: Refusal, fixed: Mapping[str, object]
+    world_size: int,
+    *,
+    device_type: str,
+    refusal: Refusal,
+    fixed: Mapping[str, object],
+    together: int = 2,
 ) -> PlanList:
     """Return the plans of all of `world_size` ranks that a device of this type is checked with.
 
-    Eager fp32: every layout, and each two choices together in some plan. Compiled fp32, bf16
+    Eager fp32: every layout, and each `together` choices in one plan. Compiled fp32, bf16
     compute, and on GPUs Liger's kernels: each choice in some plan. `fixed` holds switches that the
     model decides.
     """
@@ -55,7 +60,7 @@ def list_plans(
     layouts = [layout for layout in layouts if layout not in found.refused]
     switches = {name: values for name, values in SWITCHES.items() if name not in fixed}
     compiler = "inductor" if device_type == "cuda" else "aot_eager"
-    cover(found, layouts, switches, refusal, together=2, each_layout=True)
+    cover(found, layouts, switches, refusal, together=together, each_layout=True)
     every_mode = {**switches, "checkpointing": CHECKPOINTING}
     compiled = [replace(layout, backend=compiler) for layout in layouts]
     cover(found, compiled, every_mode, refusal, together=1)

@@ -39,6 +39,10 @@ class Report:
     model: str
     fault: str | None = None
     is_silent: bool = False
+    suite: str = "parity"
+    checks: Sequence[str] = ()
+    """Columns of what is compared beside the loss and the gradients."""
+
     rows: list[Row] = field(default_factory=list[Row])
 
     def begin(self) -> None:
@@ -46,17 +50,19 @@ class Report:
         self._say(f"{self.world_size} ranks on {self.device_type}, {self.model}")
         if self.fault is not None:
             self._say(f"planted: {FAULTS[self.fault].sentence}")
-        head = ("plan", "loss error", "gradient error", "of", "tolerance", "verdict", "seconds")
+        errors = ("loss error", "gradient error", "of", *self.checks)
+        head = ("plan", *errors, "tolerance", "verdict", "seconds")
         self._line(head)
-        self._line(("-" * self._width, *("---",) * 6))
+        self._line(("-" * self._width, *("---",) * (len(head) - 1)))
 
     def add(self, row: Row) -> None:
         """Take one row and print it."""
         self.rows.append(row)
         found = row.comparison
-        errors = ("-", "-", "-")
+        errors = ("-", "-", "-", *("-" for _ in self.checks))
         if found is not None:
             errors = (f"{found.loss_error:.1e}", f"{found.worst_error:.1e}", found.worst_name)
+            errors = (*errors, *(f"{found.checks[name]:.1e}" for name in self.checks))
         bound = f"{tolerance(row.case, self.device_type):g}"
         self._line((str(row.case), *errors, bound, self.verdict(row), f"{row.seconds:.1f}"))
         for line in (*row.error.splitlines(), *(found.problems if found else ())):
@@ -104,7 +110,7 @@ class Report:
     def write(self, path: Path, command: str) -> None:
         """Write the record: command, versions, machine and a row for each plan."""
         record: dict[str, Any] = {
-            "suite": "parity",
+            "suite": self.suite,
             "command": command,
             "machine": machine_report(),
             "ranks": self.world_size,
@@ -124,6 +130,7 @@ class Report:
             "loss_error": _finite(found.loss_error) if found else None,
             "worst_gradient_error": _finite(found.worst_error) if found else None,
             "of": found.worst_name if found else "",
+            "checks": {n: _finite(e) for n, e in found.checks.items()} if found else {},
             "tolerance": tolerance(row.case, self.device_type),
             "passed": self.passed(row),
             "seconds": row.seconds,
@@ -135,7 +142,7 @@ class Report:
         return max((len(str(case)) for case in self.cases), default=4)
 
     def _line(self, cells: Sequence[str]) -> None:
-        widths = (self._width, 10, 14, 48, 9, 11, 7)
+        widths = (self._width, 10, 14, 48, *map(len, self.checks), 9, 11, 7)
         padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
         self._say(f"| {' | '.join(padded)} |")
 

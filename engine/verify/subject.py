@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.hf_io import CONFIG_NAME, read_hf_config
 from engine.verify.case import DEFAULTS, Case
+from models.adapters import AdapterSpec
 from models.decoder import DecoderConfig
 from models.layers.rope import RopeConfig
 from models.registry import FAMILIES, ModelFamily, family_for_hf, load_family, member_names
@@ -149,3 +150,12 @@ def shrink(config: DecoderConfig, num_tokens: int) -> tuple[DecoderConfig, str]:
         if not isinstance(value, tuple) and getattr(config, name) != value
     ]
     return replace(config, **values), ", ".join(changes)
+
+
+def adapters_of(case: Case) -> list[AdapterSpec]:
+    """Return the adapters of a case: two that share every linear of the blocks."""
+    if case.adapter == "none":
+        return []
+    kind: Any = case.adapter
+    first = AdapterSpec(name="default", kind=kind, rank=4, alpha=8.0)
+    return [first, AdapterSpec(name="second", kind="lora", rank=2, alpha=2.0, use_rslora=True)]

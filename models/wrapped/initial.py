@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from models.initialise import adapter_values
+from models.layers.lora import adapter_of
 from models.wrapped.describe import WrappedSizes
 from models.wrapped.module import WrappedLM, build
 
@@ -28,8 +30,11 @@ def initial_values(
         if unit == f"{blocks}.0" or not unit.startswith(f"{blocks}."):
             _draw_unit(twin, unit, seed)
     drawn: dict[str, Mapping[str, Tensor]] = {}
+    draw_adapter = adapter_values(model, seed=seed)
 
     def draw(name: str, slices: Sequence[slice]) -> Tensor:
+        if adapter_of(name) is not None:
+            return draw_adapter(name, slices)
         unit = unit_of[name]
         if unit not in drawn:
             drawn.clear()

@@ -164,6 +164,7 @@ LOW_PRECISION_CASES = {
         allowed=FOUR_BITS,
     ),
     "float8_on_a_device_without_it": Case(refused="model.converters=float8", allowed=FLOAT8),
+    "float8_beside_adapters": Case(refused=f"{FLOAT8} adapter.kind=lora", allowed=FLOAT8),
     "float8_without_its_package": Case(
         refused=FLOAT8, allowed=FLOAT8, facts={"missing": frozenset({"torchao"})}
     ),
@@ -191,7 +192,7 @@ LOW_PRECISION_CASES = {
     ),
     "four_bits_beside_a_whole_reference": Case(
         refused=f"{FOUR_BITS} {PAIRS} objective.name=dpo",
-        allowed=f"{FOUR_BITS} {PAIRS} objective.name=orpo",
+        allowed=f"model.converters=nf4 adapter.kind=lora {PAIRS} objective.name=dpo",
     ),
 }
 """By rule."""

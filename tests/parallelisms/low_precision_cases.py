@@ -11,7 +11,7 @@ from engine.checkpoint_state import TrainingState, collect, restore
 from engine.checkpoint_storage import RankGroup, write_tensors
 from engine.optim import OptimizerConfig, build_optimizer
 from engine.verify.case import parse
-from engine.verify.parity import Comparison, build_case, compare_with, local_rows, train
+from engine.verify.parity import Comparison, batch, build_case, compare_with, local_rows, train
 from engine.verify.subject import TINY
 from parallelisms.low_precision import Float8, follow_weights, full_precision
 from parallelisms.mesh import ParallelDims
@@ -102,21 +102,15 @@ def _kept_weights(model: nn.Module, dims: ParallelDims) -> int:
             saved.append(tensor)
         return tensor
 
-    rows = local_rows(_rows(), dims, parse("one"))
+    rows = local_rows(batch(parse("one"), WIDE), dims, parse("one"))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logps_BT = model(rows.pop("tokens_BT"), **rows)
     assert len(saved) >= len(shapes), "the products save their weights"
-    held = sum(tensor.untyped_storage().size() > 0 for tensor in saved)
+    head = model.get_parameter("lm_head.weight").data_ptr()  # is trained, and stays gathered
+    held = sum(t.untyped_storage().size() > 0 and t.data_ptr() != head for t in saved)
     logps_BT.sum().backward()
     model.zero_grad()
     return held
-
-
-def _rows() -> dict[str, Tensor]:
-    from engine.verify.parity import batch
-
-    whole = batch(parse("one"), WIDE)
-    return {name: value for name, value in whole.items() if not name.startswith("reference")}
 
 
 def save_steps(rank: int, world_size: int, kind: str, folder: Path, last: int) -> list[Tensor]:

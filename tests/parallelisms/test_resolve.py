@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from models.decoder import DECODER_PLAN, DecoderLM, decoder_plan
-from models.plan import ModelPlan
+from models.plan import ModelPlan, match
 from parallelisms import ParallelDims
-from parallelisms.resolve import match, resolve
+from parallelisms.resolve import resolve
 from tests.parity.cases import Case, model_config
 
 
