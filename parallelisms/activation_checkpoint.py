@@ -107,7 +107,7 @@ class ActivationCheckpointConfig:
     def recomputes_logits(self) -> bool:
         """Whether the head keeps no logits for the backward."""
         # 16,384 tokens, 151,936 words, H200: 127 ms, kept 93 ms and 2.3 GiB more
-        # (scripts/bench/records/2026-11-24-h200-kernels-1gpu.json).
+        # (scripts/bench/records/2026-11-30-h200-kernels-1gpu.json).
         if self.recompute_logits == "auto":
             return self.mode != "none"
         return self.recompute_logits == "always"
