@@ -3,6 +3,7 @@
 The layer is `models/layers/lora.py`, the rewriting of a model and its plan `models/adapters.py`.
 """
 
+import math
 import re
 from collections import Counter
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -16,7 +17,7 @@ from engine.data.cache import digest_of
 from engine.model import Architecture
 from models.adapters import ALL_LINEAR, AdapterSpec, adapt
 from models.initialise import adapter_values
-from models.layers.lora import adapted_linears, adapter_of
+from models.layers.lora import adapted_linears, adapter_of, scale_of
 from models.plan import ModelPlan
 from parallelisms.adapters import local_row_lengths
 from parallelisms.materialise import fill
@@ -60,21 +61,27 @@ class OneAdapterConfig:
                 f"adapter.name = {self.name!r} may hold only letters, digits, '_' and '-', and not "
                 "be empty; give another"
             )
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank = {self.rank}; give at least 1, such as 16")
-        if not 0.0 < self.alpha < float("inf"):
-            raise ValueError(
-                f"adapter.alpha = {self.alpha}; give a positive number, such as twice adapter.rank"
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(
-                f"adapter.dropout = {self.dropout}; give a share from 0 to below 1, such as 0.05"
-            )
-        if not self.targets:
-            raise ValueError(
-                f"adapter.targets is empty, so nothing would be trained; give names of linears or "
-                f"{ALL_LINEAR!r}"
-            )
+        remedies = {
+            "rank": None if self.rank >= 1 else "at least 1, such as 16",
+            "alpha": None if 0.0 < self.alpha < math.inf else "a positive number, such as 32",
+            "dropout": None if 0.0 <= self.dropout < 1.0 else "a share from 0 to below 1",
+            "targets": None if self.targets else f"names of linears, or {ALL_LINEAR!r} for all",
+        }
+        for key, remedy in remedies.items():
+            if remedy is not None:
+                raise ValueError(
+                    f"adapter.{key} = {getattr(self, key)!r} of the adapter {self.name!r}; give "
+                    f"{remedy}"
+                )
+
+    def describe(self) -> str:
+        """Return a line for the log."""
+        begins = f"begins as {self.path}" if self.path else "begins without an effect"
+        scale = scale_of(self.rank, self.alpha, use_rslora=self.use_rslora)
+        return (
+            f"{self.name}: {self.kind}, rank {self.rank}, scale {scale:g}, dropout {self.dropout}, "
+            f"on {', '.join(self.targets)}; {begins}"
+        )
 
     @property
     def spec(self) -> AdapterSpec | None:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +45,7 @@ from engine.run_folder import RunFolder
 from engine.stalls import HOST_SYNCS_OF_A_STEP, StallWatch
 from engine.start import build_checkpointer, fill_weights
 from engine.step import Reference, Trainer
+from models.adapters import adapter_weights
 from models.flops import (
     attention_train_flops,
     linear_train_flops_per_token,
@@ -166,6 +168,8 @@ def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture)
         "attention: %s, kernels: %s; ranks: %s", sizes.attention, sizes.kernels, dims.describe()
     )
     log.info("number formats: %s", precision_of(config).describe())
+    for adapter in config.adapter.all:
+        log.info("adapter %s", adapter.describe())
     if not config.validation.only:
         log_dealing(config, dims.batch_degree)
 
@@ -228,18 +232,18 @@ def _build_meter(
     config: JobConfig, world: World, architecture: Architecture, state: TrainingState
 ) -> Meter:
     sizes, counters = architecture.config, state.counters
-    named = state.model.named_parameters(remove_duplicate=False)
+    named = list(state.model.named_parameters(remove_duplicate=False))
     trained = {name for name, parameter in named if parameter.requires_grad}
+    work: dict[str, Any] = {
+        "is_trainable": trained.__contains__,
+        "adapters": adapter_weights((name, parameter.numel()) for name, parameter in named),
+    }
     return Meter(
         device=world.device,
         num_devices=world.size,
         costs=StepCosts(
-            flops_per_token=train_flops_per_token(
-                sizes, config.training.seq_len, is_trainable=trained.__contains__
-            ),
-            linear_flops_per_token=linear_train_flops_per_token(
-                sizes, is_trainable=trained.__contains__
-            ),
+            flops_per_token=train_flops_per_token(sizes, config.training.seq_len, **work),
+            linear_flops_per_token=linear_train_flops_per_token(sizes, **work),
             attention_flops=lambda squared: attention_train_flops(
                 sizes, int(squared), longest_tokens=config.training.seq_len
             ),

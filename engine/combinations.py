@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine import titan
+from engine.adapter_rules import ADAPTER_RULES
 from engine.checkpoint_rules import CHECKPOINT_RULES
 from engine.data.config import DATASETS_FROM_FILES
 from engine.layout_rules import BUDGET_RULES, CONTEXT_RULES, LAYOUT_RULES
@@ -290,6 +291,7 @@ RULES: Sequence[Rule] = (
     *BUDGET_RULES,
     *CONTEXT_RULES,
     *MODEL_RULES,
+    *ADAPTER_RULES,
     *DEVICE_RULES,
     *COMPILE_RULES,
     *KERNEL_RULES,

@@ -42,6 +42,11 @@ USES: dict[Feature, _Use] = {
         applies=lambda f: f.trains and f.config.training.neftune_noise_alpha > 0,
         remedy="set it to 0",
     ),
+    "adapter_dropout": _Use(
+        keys=("adapter.dropout", "adapter.more", "model.name"),
+        applies=lambda f: f.trains and f.config.adapter.has_dropout,
+        remedy="set it to 0",
+    ),
     "liger_kernels": _Use(
         keys=("model.kernels", "model.name"),
         applies=lambda f: f.asks_for_liger,

@@ -1,6 +1,5 @@
 """Rewrites a model and its plan for adapters: which linears get some, and how they are split."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -163,14 +162,14 @@ def _roles(model: nn.Module, plan: ModelPlan) -> dict[str, Role]:
 
 
 def adapter_weights(parameters: Iterable[tuple[str, int]]) -> dict[str, list[Weight]]:
-    """Return the matrices of adapters by the name of the weight that they lie beside.
+    """Return the parameters of adapters by the name of the weight that they lie beside.
 
-    `parameters` are names with numbers of elements; magnitudes are no matrices.
+    `parameters` are names with numbers of elements. A magnitude is no matrix.
     """
     found: dict[str, list[Weight]] = {}
     for name, num_elements in parameters:
         if adapter_of(name) is not None:
-            base, part = re.fullmatch(r"(.*)\.(\w+)\.[^.]+\.weight", name).groups()  # pyright: ignore
-            is_matrix = part != "lora_magnitude_vector"
-            found.setdefault(f"{base}.weight", []).append(Weight(name, num_elements, is_matrix))
+            linear, part, _, _ = name.rsplit(".", 3)
+            weight = Weight(name, num_elements, part != "lora_magnitude_vector")
+            found.setdefault(f"{linear}.weight", []).append(weight)
     return found

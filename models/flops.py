@@ -6,13 +6,16 @@ counted, so that the figure says what the training needs, not what an implementa
 Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B (6N + 12 L H C T per token).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from models.decoder_config import SLIDING, DecoderConfig
 from models.sizes import ListedSizes, Weight
 
 Sizes = DecoderConfig | ListedSizes
+Adapters = Mapping[str, Sequence[Weight]]
+"""Weights that lie beside others, by the names of these; `models/adapters.py` lists them."""
 
+NO_ADAPTERS: Adapters = {}
 FORWARD_AND_BACKWARD = 3
 NORMS = {
     "before": ("input_layernorm", "", "post_attention_layernorm", ""),
@@ -80,6 +83,7 @@ def train_flops_per_token(
     seq_len: int,
     *,
     is_trainable: Callable[[str], bool] = lambda name: True,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> float:
     """Return 6 N' + 12 L H C S for one trained token of a row of S tokens.
 
@@ -87,21 +91,25 @@ def train_flops_per_token(
     Attention counts the whole S x S square, the usual convention, although half is masked; of
     layers with a window twice what is not masked, which is the square where it reaches all.
     """
-    linear = linear_train_flops_per_token(config, is_trainable=is_trainable)
+    linear = linear_train_flops_per_token(config, is_trainable=is_trainable, adapters=adapters)
     attention = attention_train_flops(config, seq_len, longest_tokens=seq_len, causal=False)
     return linear + attention
 
 
 def linear_train_flops_per_token(
-    config: Sizes, *, is_trainable: Callable[[str], bool] = lambda name: True
+    config: Sizes,
+    *,
+    is_trainable: Callable[[str], bool] = lambda name: True,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> int:
     """Return the operations of all weight products for one trained token.
 
     A frozen weight has no gradient of its own, and passes one on only if something before it in
-    the forward pass is trained.
+    the forward pass is trained: 4 operations for each element instead of 6. Adapters have 6.
     """
     operations, is_anything_trained = 0, False
-    for weight in _weights(config):
+    weights = (one for w in _weights(config) for one in (w, *adapters.get(w.name, ())))
+    for weight in weights:
         if weight.is_matrix:
             products = 1 + is_anything_trained + is_trainable(weight.name)
             operations += 2 * products * weight.num_elements

@@ -12,6 +12,7 @@ Feature = Literal[
     "context_parallel",
     "packed_documents",
     "embedding_noise",
+    "adapter_dropout",
     "liger_kernels",
 ]
 """What a run may ask of a model, and not every model can do."""

@@ -60,10 +60,8 @@ def parallelize(
     check(parallel, activation_checkpoint, compile, dims)
     resolved = resolve(model, plan, dims)
     trainable = trainable_names(model, frozen, resolved.blocks)
-    frozen_dtype = precision.frozen_dtype or precision.master_dtype
     for name, parameter in model.named_parameters():  # buffers, such as angles, stay exact
-        dtype = precision.master_dtype if name in trainable else frozen_dtype
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(precision.stored(name in trainable))
     if float8 is not None:
         left = convert_linears(model, resolved, float8, tp=dims.tp)
         log.info("float8: layers left as they are: %s", first_reasons(left))

@@ -42,6 +42,10 @@ class PrecisionConfig:
     cpu_offload: bool = False
     """Keep master parameters, gradients and optimizer states in host memory."""
 
+    def stored(self, is_trained: bool) -> torch.dtype:
+        """Return the dtype in which each rank keeps a parameter."""
+        return self.master_dtype if is_trained else self.frozen_dtype or self.master_dtype
+
     def describe(self) -> str:
         """Return the dtypes in one line for the log."""
         names = {

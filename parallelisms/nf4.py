@@ -89,7 +89,9 @@ def _dequantise_rows(packed: Tensor, values: Tensor) -> None:
     num_rows, columns = values.shape
     codes, scales, factor = packed.split([columns // 2, columns // BLOCK, FACTOR_BYTES], dim=1)
     _, pairs = _tables(packed.device)
-    scales = scales.float() * factor.clone().view(torch.float32)  # a view may be misaligned
+    # A copy, for a view of them may be misaligned.
+    factor = factor.clone(memory_format=torch.contiguous_format).view(torch.float32)
+    scales = scales.float() * factor
     blocks = pairs[codes.int()].view(num_rows, -1, BLOCK) * scales.unsqueeze(2)
     values.copy_(blocks.view(num_rows, columns))
 

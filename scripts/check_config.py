@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from engine.adapters import build_adapted, frozen_dtype
 from engine.cli import load_config, run_command
 from engine.combinations import refusals
 from engine.config import JobConfig
@@ -27,6 +28,7 @@ from engine.model import Architecture, find_architecture
 from engine.rules import gather_facts
 from engine.schema import raise_mistakes
 from models.flops import parameter_counts
+from models.plan import ModelPlan
 from parallelisms.activation_checkpoint import ActivationCheckpointConfig
 from parallelisms.apply import parallelize
 from parallelisms.compile import CompileConfig
@@ -111,17 +113,21 @@ def _report(config: JobConfig, architecture: Architecture, world_size: int) -> N
         f"{f' less {fillers:.1f}% fillers' if fillers else ''}; x {tokens:,} = "
         f"{'at most ' * (budget > 0)}{rows * tokens:,} tokens\n"
     )
+    param_dtype = getattr(torch, training.mixed_precision_param)
     precision = PrecisionConfig(
-        param_dtype=getattr(torch, training.mixed_precision_param),
+        param_dtype=param_dtype,
+        frozen_dtype=frozen_dtype(config.adapter, param_dtype),
         reduce_dtype=getattr(torch, training.mixed_precision_reduce),
         master_dtype=getattr(torch, training.dtype),
     )
-    model = architecture.build_meta().to(precision.master_dtype)
-    gathered = _largest_unit(model, architecture, dims) * precision.param_dtype.itemsize
+    model, plan = build_adapted(architecture, config.adapter)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(precision.stored(parameter.requires_grad))
+    gathered = _largest_unit(model, plan, dims) * precision.param_dtype.itemsize
     # Checkpointing and compilation move no parameter.
-    plan = parallelize(
+    resolved = parallelize(
         model,
-        architecture.plan,
+        plan,
         dims.build("cpu"),
         parallel=replace(config.parallelism, enable_async_tensor_parallel=False),
         precision=precision,
@@ -130,14 +136,14 @@ def _report(config: JobConfig, architecture: Architecture, world_size: int) -> N
         frozen=config.model.freeze,
         packs_frozen=packs_frozen(config),
     )
-    print(plan.table())
+    print(resolved.table())
     _print_holdings(holdings(model, gathered), precision)
 
 
-def _largest_unit(model: nn.Module, architecture: Architecture, dims: ParallelDims) -> int:
+def _largest_unit(model: nn.Module, plan: ModelPlan, dims: ParallelDims) -> int:
     """Return how many parameters the largest unit has that is gathered at once, on one tp rank."""
-    plan = resolve(model, architecture.plan, dims)
-    units = [(name,) for name in (*plan.first, *plan.blocks)] + [plan.last]
+    resolved = resolve(model, plan, dims)
+    units = [(name,) for name in (*resolved.first, *resolved.blocks)] + [resolved.last]
     return max(sum(_numel(model.get_submodule(n)) for n in unit) for unit in units) // dims.tp
 
 
@@ -160,8 +166,9 @@ def holdings(model: nn.Module, gathered: int) -> Holdings:
 def _print_holdings(held: Holdings, precision: PrecisionConfig) -> None:
     master = str(precision.master_dtype).removeprefix("torch.")
     compute = str(precision.param_dtype).removeprefix("torch.")
+    stored = f"{master}, frozen {compute}" if precision.frozen_dtype else master
     rows = (
-        (f"parameters ({master})", held.parameters),
+        (f"parameters ({stored})", held.parameters),
         (f"gradients ({master})", held.gradients),
         (f"optimizer ({master}, two moments)", held.optimizer),
         ("held at all times", held.total),

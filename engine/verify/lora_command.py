@@ -36,7 +36,10 @@ def parser() -> argparse.ArgumentParser:
     plans = found.add_mutually_exclusive_group()
     plans.add_argument("--plan", help='short text of one plan, such as "fsdp2-tp2-cp2-ring"')
     plans.add_argument(
-        "--all", action="store_true", help="every layout that divides the ranks (the default)"
+        "--all",
+        action="store_true",
+        help="every layout that divides the ranks, with and without the compiler, and bf16; "
+        "without it a short list of eager plans",
     )
     found.add_argument("--kind", default=",".join(KINDS), help="kinds of adapters, with commas")
     found.add_argument("--model", default="", help="family, family:size or folder; shrunk")
@@ -87,7 +90,7 @@ def _resolve(options: argparse.Namespace) -> tuple[AdapterJob, Report]:
     subject, model = find_subject(options.model, device_type)
     subject = subject.for_ranks(world_size)
     rules = Rules.of(subject, device_type, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-    plans = _plans(case, kinds, rules, world_size, bool(options.model))
+    plans = _plans(case, kinds, rules, world_size, options)
     cases = [one for one in plans.cases if fault is None or fault.applies(one)]
     if not cases:
         raise ValueError(
@@ -116,20 +119,20 @@ def _resolve(options: argparse.Namespace) -> tuple[AdapterJob, Report]:
 
 
 def _plans(
-    case: Case | None, kinds: list[str], rules: Rules, world_size: int, is_given: bool
+    case: Case | None, kinds: list[str], rules: Rules, world_size: int, options: argparse.Namespace
 ) -> PlanList:
     """Return the one plan that was asked for, or all of them, with each kind of adapter."""
     found = PlanList()
     config = rules.subject.config
-    tied = {"tied": config.tie_word_embeddings, "bias": False} if is_given else {}
+    given = {"tied": config.tie_word_embeddings, "bias": False} if options.model else {}
     for kind in kinds:
         if case is None:
             listed = list_plans(
                 world_size,
                 device_type=rules.device_type,
                 refusal=rules.refusal,
-                fixed={"adapter": kind, **tied},
-                together=1,
+                fixed={"adapter": kind, **given},
+                is_short=not options.all,
             )
             found.cases.extend(listed.cases)
             found.refused.update(listed.refused)

@@ -46,13 +46,14 @@ def list_plans(
     device_type: str,
     refusal: Refusal,
     fixed: Mapping[str, object],
-    together: int = 2,
+    is_short: bool = False,
 ) -> PlanList:
     """Return the plans of all of `world_size` ranks that a device of this type is checked with.
 
-    Eager fp32: every layout, and each `together` choices in one plan. Compiled fp32, bf16
-    compute, and on GPUs Liger's kernels: each choice in some plan. `fixed` holds switches that the
-    model decides.
+    Eager fp32: every layout, and each two choices together in some plan. Compiled fp32, bf16
+    compute, and on GPUs Liger's kernels: each choice in some plan. `fixed` holds switches that
+    are not to choose. The short list is eager fp32: every layout that keeps rows whole, and each
+    mode of context parallelism and each choice in some plan.
     """
     found = PlanList()
     layouts = [replace(layout, **fixed) for layout in every_layout(world_size)]
@@ -60,7 +61,12 @@ def list_plans(
     layouts = [layout for layout in layouts if layout not in found.refused]
     switches = {name: values for name, values in SWITCHES.items() if name not in fixed}
     compiler = "inductor" if device_type == "cuda" else "aot_eager"
-    cover(found, layouts, switches, refusal, together=together, each_layout=True)
+    if is_short:
+        whole = [layout for layout in layouts if layout.cp == 1]
+        cover(found, whole, switches, refusal, together=1, each_layout=True)
+        cover(found, [c for c in layouts if c.cp > 1], {}, refusal, together=1)
+        return found
+    cover(found, layouts, switches, refusal, together=2, each_layout=True)
     every_mode = {**switches, "checkpointing": CHECKPOINTING}
     compiled = [replace(layout, backend=compiler) for layout in layouts]
     cover(found, compiled, every_mode, refusal, together=1)

@@ -125,8 +125,9 @@ class LoRALinear(nn.Linear):
         for adapter in active:
             is_dropped = adapter.dropout > 0.0 and self.training
             entered = functional.dropout(x, adapter.dropout) if is_dropped else x
-            added = functional.linear(functional.linear(entered, adapter.a), adapter.b)
-            added = added * adapter.scale
+            # Scaled where there are few channels.
+            inner = functional.linear(entered, adapter.a) * adapter.scale
+            added = functional.linear(inner, adapter.b)
             if adapter.magnitude is not None:
                 factor = gain(weight, adapter, adapter.magnitude, layout)
                 through = functional.linear(entered, weight) if is_dropped else base

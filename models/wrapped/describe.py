@@ -255,6 +255,7 @@ def _limits(model: WrappedLM, config: Any, no_tensor_parallelism: str | None) ->
         "sequence_parallel": "transformers' modules need all tokens of a row between their layers",
         "context_parallel": "transformers' attention needs all keys of a row",
         "embedding_noise": "transformers' modules add nothing to their embeddings",
+        "adapter_dropout": "transformers' modules stay in evaluation mode, as does all within them",
         "liger_kernels": "its layers are transformers' own",
     }
     if no_tensor_parallelism is not None:

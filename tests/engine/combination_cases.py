@@ -98,6 +98,12 @@ MODEL_CASES = {
         allowed="training.neftune_noise_alpha=5.0",
         facts=limited(lacks="embedding_noise"),
     ),
+    "adapter_dropout_of_a_model_without_it": Case(
+        refused="adapter.kind=lora adapter.dropout=0.1",
+        allowed="adapter.kind=lora",
+        facts=limited(lacks="adapter_dropout"),
+        allowed_facts=limited(lacks="adapter_dropout"),
+    ),
     "liger_kernels_of_a_model_without_it": Case(
         refused="model.kernels=liger",
         allowed="model.kernels=torch",
@@ -197,4 +203,20 @@ LOW_PRECISION_CASES = {
 }
 """By rule."""
 
-OTHER_CASES = {**BUDGET_CASES, **MODEL_CASES, **PREFERENCE_CASES, **LOW_PRECISION_CASES}
+DROPPED = "adapter.kind=lora adapter.dropout=0.1"
+ADAPTER_CASES = {
+    "dropout_that_recomputation_draws_anew": Case(
+        refused=f"{DROPPED} activation_checkpoint.no_preserve_rng_state",
+        allowed=f"{DROPPED} activation_checkpoint.no_preserve_rng_state "
+        "activation_checkpoint.mode=none",
+    ),
+}
+"""By rule."""
+
+OTHER_CASES = {
+    **BUDGET_CASES,
+    **MODEL_CASES,
+    **PREFERENCE_CASES,
+    **ADAPTER_CASES,
+    **LOW_PRECISION_CASES,
+}

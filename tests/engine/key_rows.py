@@ -7,6 +7,7 @@ are its command line.
 from dataclasses import dataclass
 from typing import Any
 
+from engine.adapters import OneAdapterConfig
 from engine.data.config import MixedSourceConfig, SourceConfig
 
 
@@ -36,6 +37,7 @@ RECIPE = "engine/data/sources.py:_recipe"
 LOADER, PROFILING = "engine/data/loader.py:_batches", "engine/profiling.py:"
 CHECKPOINTED = "parallelisms/activation_checkpoint.py:checkpointed"
 MESH, APPLY = "parallelisms/mesh.py:ParallelDims.of", "parallelisms/apply.py:parallelize"
+SPLIT = "parallelisms/apply.py:_split_tensors"
 
 TRAIN = {
     **rows("engine/cli.py:load_config", job__print_config=True),
@@ -68,8 +70,8 @@ TRAIN = {
     ),
     **rows(f"{BUILD}open_tokenizer", model__tokenizer_path="{folder}/tokenizer"),
     **rows(f"{MODEL}choose_backend", model__attention="eager"),
-    **rows(f"{BUILD}_lay_out", model__freeze=["model.layers.0.mlp.*.weight"]),
-    **rows(f"{BUILD}build", training__enable_cpu_offload=True),
+    **rows(f"{BUILD}_build_model", model__freeze=["model.layers.0.mlp.*.weight"]),
+    **rows(f"{BUILD}_build_model", training__enable_cpu_offload=True),
     **rows(f"{BUILD}precision_of", training__dtype="bfloat16"),
     **rows(f"{BUILD}precision_of", training__mixed_precision_reduce="bfloat16"),
     **rows(f"{BUILD}build", objective__name="tests.engine.own_parts"),
@@ -260,6 +262,21 @@ COMPILED = {
     ),
     **rows(OPEN_ROWS, data__dummy_tokens=4096),
     **rows(
+        "engine/adapters.py:AdapterConfig.specs",
+        adapter__kind="dora",
+        adapter__name="own",
+        adapter__rank=3,
+        adapter__alpha=6.0,
+        adapter__use_rslora=True,
+        adapter__dropout=0.5,
+        adapter__targets=["k_proj"],
+    ),
+    **rows(
+        "engine/adapters.py:build_adapted",
+        adapter__more=[OneAdapterConfig(name="other", rank=5, targets=["v_proj"])],
+    ),
+    **rows(f"{BUILD}_log_work", adapter__path="{folder}/peft"),
+    **rows(
         "parallelisms/apply.py:_wrap_blocks", compile__enable=True, compile__components=["model"]
     ),
     **rows("parallelisms/compile.py:compiled", compile__backend="eager"),
@@ -279,16 +296,12 @@ LAID_OUT = {
         parallelism__context_parallel_load_balancer=None,
         parallelism__tensor_parallel_degree=2,
     ),
-    **rows(
-        APPLY,
-        parallelism__context_parallel_mode="ring",
-        parallelism__sequence_parallel=False,
-        parallelism__disable_loss_parallel=True,
-    ),
+    **rows(SPLIT, parallelism__sequence_parallel=False, parallelism__disable_loss_parallel=True),
+    **rows(APPLY, parallelism__context_parallel_mode="ring"),
 }
 """The model laid out for the first of eight ranks."""
 
-OVERLAPPED = {**rows(APPLY, parallelism__enable_async_tensor_parallel=True)}
+OVERLAPPED = {**rows(SPLIT, parallelism__enable_async_tensor_parallel=True)}
 """The same for two ranks that have GPUs."""
 
 ON_CUDA = {
@@ -333,58 +346,3 @@ RUNS = {
     "low_precision": LOW_PRECISION,
     "on_cuda": ON_CUDA,
 }
-
-READ_AS_TEXT = {"job.config_file", "job.custom_config_module"}
-"""Keys that `engine/cli.py` needs before there is a configuration."""
-
-REFUSED = {
-    "comm.mode": "fake_backend",
-    "experimental.custom_args_module": "own",
-    "optimizer.early_step_in_backward": True,
-    "parallelism.pipeline_parallel_degree": 2,
-    "parallelism.expert_parallel_degree": 2,
-    "parallelism.expert_tensor_parallel_degree": 2,
-    "checkpoint.initial_load_in_hf_quantized": True,
-    "memory_estimation.enable": True,
-    "fault_tolerance.enable": True,
-}
-"""Keys of which every other value is a mistake."""
-
-WITHOUT_EFFECT = {
-    "no effect at pipeline degree 1": [
-        "parallelism.module_fqns_per_model_part",
-        "parallelism.pipeline_parallel_first_stage_less_layers",
-        "parallelism.pipeline_parallel_last_stage_less_layers",
-        "parallelism.pipeline_parallel_layers_per_stage",
-        "parallelism.pipeline_parallel_schedule",
-        "parallelism.pipeline_parallel_schedule_csv",
-        "parallelism.pipeline_parallel_microbatch_size",
-        "parallelism.pipeline_parallel_expert_parallel_overlap",
-    ],
-    "of no effect here": ["parallelism.context_parallel_rotate_method"],
-    "no effect at expert-parallel degree 1": ["parallelism.expert_parallel_comm_backend"],
-    "there is no such converter, and it does nothing": [
-        "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",
-        "quantize.linear.mx.recipe_name",
-        "quantize.linear.mx.filter_fqns",
-        "quantize.grouped_mm.float8.fqns",
-        "quantize.grouped_mm.mx.recipe_name",
-        "quantize.grouped_mm.mx.fqns",
-    ],
-    "does nothing while `enable` is false": [
-        "memory_estimation.disable_fake_mode",
-        "fault_tolerance.process_group",
-        "fault_tolerance.process_group_timeout_ms",
-        "fault_tolerance.replica_id",
-        "fault_tolerance.group_size",
-        "fault_tolerance.min_replica_size",
-        "fault_tolerance.semi_sync_method",
-    ],
-    "accepted and ignored": ["checkpoint.enable_ft_dataloader_checkpoints"],
-    "accepted for files of torchtitan 0.2": [
-        "training.dataloader.persistent_workers",
-        "validation.dataloader.persistent_workers",
-    ],
-    "dense models ignore it": ["debug.moe_force_load_balance"],
-}
-"""Keys that nothing reads, by the words of their own sentence that say so."""

@@ -157,7 +157,7 @@ def words(settings: Mapping[str, Any], folder: Path) -> list[str]:
         if isinstance(value, bool):
             section, _, name = key.rpartition(".")
             found.append(f"--{key}" if value else f"--{section}.no_{name}")
-        elif isinstance(value, list) and key.endswith(".sources"):
+        elif isinstance(value, list) and key.endswith((".sources", ".more")):
             found += [f"--{key}", _array_of_tables(value)]
         elif isinstance(value, list):
             found += [f"--{key}", *value]

@@ -48,6 +48,11 @@ NOT_ALONE = {
     "data.pad_to_multiple": ["--data.packing=none", "--data.batch_tokens=64"],
     "data.largest_batch_first": ["--data.packing=none", "--data.batch_tokens=64"],
     "data.stride": ["--data.stride", "5"],
+    **{
+        f"adapter.{key}": ["--adapter.kind=lora"]
+        for key in ("name", "rank", "alpha", "use_rslora", "dropout", "targets", "path")
+    },
+    "adapter.more": ["--adapter.more", '[{name = "b"}]'],
     "experimental.custom_import": ["--experimental.custom_import", "json"],
     "job.custom_config_module": ["--job.custom_config_module", "engine.config"],
     "training.dataloader.persistent_workers": ["--training.dataloader.num_workers", "1"],

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from engine import titan
+from engine.adapters import OneAdapterConfig
 from engine.cli import load_config, to_toml
 from engine.config import JobConfig, check
 from engine.data.chat_templates import template_text
@@ -21,9 +22,11 @@ from engine.data.config import SourceConfig
 from engine.manifest import read_manifest, step_folder
 from engine.run_folder import resolved
 from engine.schema import leaves
+from models.layers.lora import adapted_linears
 from tests.engine import own_parts
 from tests.engine.config_spy import spying
-from tests.engine.key_rows import READ_AS_TEXT, REFUSED, RUNS, WITHOUT_EFFECT, Row
+from tests.engine.idle_keys import READ_AS_TEXT, REFUSED, WITHOUT_EFFECT
+from tests.engine.key_rows import RUNS, Row
 from tests.engine.key_runs import Seen, drive, placed, prepare, words
 
 SCHEMA = leaves(JobConfig)
@@ -117,6 +120,22 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
         s.last("convert_linears")["float8"].left_out
     ),
     "quantize.linear.float8.emulate": lambda s: s.last("convert_linears")["float8"].emulates,
+    "adapter.kind": lambda s: "dora" if adapted(s, "k_proj").lora_magnitude_vector else "lora",
+    "adapter.name": lambda s: next(iter(adapted(s, "k_proj").scales)),
+    "adapter.rank": lambda s: adapted(s, "k_proj").lora_A["own"].weight.shape[0],
+    "adapter.alpha": lambda s: adapted(s, "k_proj").scales["own"] * 3**0.5,
+    "adapter.use_rslora": lambda s: adapted(s, "k_proj").scales["own"] != 6.0 / 3,
+    "adapter.dropout": lambda s: adapted(s, "k_proj").dropouts["own"],
+    "adapter.targets": lambda s: sorted(
+        {name.rpartition(".")[2] for name, _ in adapted_linears(s.run.trainer.model)} - {"v_proj"}
+    ),
+    "adapter.more": lambda s: [
+        OneAdapterConfig(
+            name="other",
+            rank=adapted(s, "v_proj").lora_A["other"].weight.shape[0],
+            targets=["v_proj"],
+        )
+    ],
     "objective.name": lambda s: type(s.run.trainer.objective).__module__,
     "objective.beta": lambda s: vars(s.run.trainer.objective)["_beta"],
     "objective.label_smoothing": lambda s: vars(s.run.trainer.objective)["_smoothing"],
@@ -265,6 +284,11 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     ],
 }
 """What a key's consumer did or was given, as the key's value."""
+
+
+def adapted(seen: Seen, projection: str) -> Any:
+    """The adapted projection of the first block."""
+    return seen.run.trainer.model.get_submodule(f"model.layers.0.self_attn.{projection}")
 
 
 def others(seen: Seen) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from engine.checkpoint_state import TrainingState, collect, restore
 from engine.checkpoint_storage import RankGroup, write_tensors
@@ -26,13 +27,15 @@ LINEARS = "regex:.*_proj.weight"
 Gradients = dict[str, Tensor]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a copy of all of a tensor; every rank calls this."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
 def gradients(model: nn.Module) -> Gradients:
     """Return the whole gradient of every parameter that has one; every rank calls this."""
-    return {
-        name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)().clone()
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
+    named = model.named_parameters()
+    return {name: whole(p.grad) for name, p in named if p.grad is not None}
 
 
 def float8_steps(
@@ -62,7 +65,8 @@ def packed_step(
     Returns the comparison, the loss, the gradients and the bytes a packed weight takes.
     """
     case = parse(plan)
-    model, dims = build_case(case, subject=WIDE, frozen=(LINEARS,), packs_frozen=True)
+    frozen = (LINEARS,) if case.adapter == "none" else ()
+    model, dims = build_case(case, subject=WIDE, frozen=frozen, packs_frozen=True)
     loss = train(model, dims, case, WIDE)
     packed = [p for p in model.parameters() if isinstance(local_part(p), NF4Weight)]
     size = sum(map(num_bytes, packed)) / sum(local_part(p).numel() for p in packed)
@@ -145,4 +149,4 @@ def save_steps(rank: int, world_size: int, kind: str, folder: Path, last: int) -
     ranks.close()
     slots = [v for one in state.optimizer.state.values() for _, v in sorted(one.items())]
     values = [full_precision(p.detach()) for p in model.parameters()]
-    return [getattr(v, "full_tensor", lambda v=v: v)().clone() for v in (*values, *slots)]
+    return [whole(tensor) for tensor in (*values, *slots)]

@@ -68,12 +68,13 @@ def fp32_steps(rank: int, world_size: int, steps: int) -> list[float]:
 
 
 def test_training_in_float8_stays_close_to_fp32(ranks: RankPool):
-    steps = 25
+    steps = 12
     [expected] = ranks(1, fp32_steps, steps)
     assert expected[-1] < 0.5 * expected[0]
     for float8 in (TENSORWISE, ROWWISE):
         [(losses, _)] = ranks(1, cases.float8_steps, "one", float8, steps)
-        assert losses == pytest.approx(expected, rel=0.05)
+        assert losses[:3] == pytest.approx(expected[:3], rel=0.02)
+        assert losses == pytest.approx(expected, abs=0.1), "of 5.6 at first, 0.5 at last"
         assert losses != pytest.approx(expected, rel=1e-6), "it did round"
 
 

@@ -125,6 +125,14 @@ def test_every_layout_trains_beside_packed_weights_as_beside_the_values_they_sta
         assert bytes_each < 0.6
 
 
+def test_adapters_of_packed_layers_get_one_process_s_gradients(ranks: RankPool):
+    expected = ranks(1, cases.packed_step, "one-dora", None)[0]
+    comparison, *_ = ranks(2, cases.packed_step, "fsdp2-dora", expected[1:3])[0]
+    assert comparison is not None
+    comparison.check()
+    assert all(".lora_" in name for name in expected[2])
+
+
 def meta_model() -> tuple[nn.Module, ParallelDims]:
     with torch.device("meta"):
         return DecoderLM(cases.WIDE.config), ParallelDims.of(ParallelConfig(), 1)
