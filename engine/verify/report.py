@@ -130,7 +130,7 @@ class Report:
             "loss_error": _finite(found.loss_error) if found else None,
             "worst_gradient_error": _finite(found.worst_error) if found else None,
             "of": found.worst_name if found else "",
-            "checks": {n: _finite(e) for n, e in found.checks.items()} if found else {},
+            **{name: _finite(found.checks[name]) if found else None for name in self.checks},
             "tolerance": tolerance(row.case, self.device_type),
             "passed": self.passed(row),
             "seconds": row.seconds,

@@ -6,17 +6,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.decoder import DecoderLM
+from models.adapters import AdapterSpec, adapt, adapter_weights
+from models.decoder import DecoderLM, decoder_plan
 from models.flops import (
     attention_train_flops,
     linear_train_flops_per_token,
     parameter_counts,
     train_flops_per_token,
 )
+from models.layers.lora import adapter_of
 from models.registry import load_family
+from parallelisms.materialise import materialise
 from tests.models.tiny import TINY, fill, random_tokens
 
 WITHIN = 0.01
+ADAPTER = AdapterSpec(name="default", kind="lora", rank=8, alpha=8.0)
 SHAPES = {
     "grouped": {},
     "tied": {"tie_word_embeddings": True},
@@ -120,3 +124,20 @@ def test_the_usual_convention_gives_the_known_figure_for_8b():
     config = load_family("llama3").flavor("8B")
     conventional = 6 * parameter_counts(config)[1] + 12 * 32 * 4096 * 8192
     assert train_flops_per_token(config, 8192) == pytest.approx(conventional, rel=1e-4)
+
+
+def test_adapters_cost_all_three_products_and_the_frozen_weights_beside_them_two():
+    model = eager_model(num_layers=8)
+    with torch.device("meta"):
+        adapt(model, decoder_plan(model.config), [ADAPTER])
+    materialise(model, "cpu")
+    named = dict(model.named_parameters())
+    fill(model)
+    expected = train_flops_per_token(
+        model.config,
+        48,
+        is_trainable=lambda name: adapter_of(name) is not None,
+        adapters=adapter_weights((name, p.numel()) for name, p in named.items()),
+    )
+    # Keys and values of the first block are said to pass a gradient on, which nothing takes.
+    assert counted_flops(model, [48]) == pytest.approx(expected * 48, rel=WITHIN)
