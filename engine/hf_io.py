@@ -95,7 +95,7 @@ def export(
         for name, parts in assets.key_map.parts(tensors).items():
             # The others wait for rank 0's disk here, where no short timeout of training counts.
             group.together(partial(_raise, failure))
-            whole = [_whole(full_precision(tensors[part].detach()).to(dtype)) for part in parts]
+            whole = [_whole(tensors[part].detach().to(dtype)) for part in parts]
             if group.rank == 0:
                 try:
                     writer.add(name, join(whole))
@@ -122,6 +122,7 @@ def _raise(failure: Exception | None) -> None:
 
 def _whole(tensor: Tensor) -> Tensor:
     """Gather a tensor of any layout; every rank of its mesh must call this."""
+    tensor = full_precision(tensor)
     if not isinstance(tensor, DTensor):
         return tensor
     # Parameters offloaded to host memory are gathered where their mesh lives.

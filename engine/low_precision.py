@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from engine.objectives import WITH_REFERENCE
 from engine.rules import Facts, Rule
-from parallelisms.low_precision import Float8, follow_weights
+from parallelisms.low_precision import HARDWARE_MULTIPLE, Float8, follow_weights
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
@@ -57,8 +57,17 @@ def float8_of(config: "JobConfig") -> Float8 | None:
         gathers_float8=section.enable_fsdp_float8_all_gather,
         precomputes_scales=section.precompute_float8_dynamic_scale_for_fsdp,
         emulates=section.emulate,
+        pads_tokens=_may_have_odd_tokens(config),
         left_out=tuple(section.filter_fqns),
     )
+
+
+def _may_have_odd_tokens(config: "JobConfig") -> bool:
+    """Say whether the tokens that a rank holds of a microbatch may be no multiple of 16."""
+    if config.data.packing == "none" or config.data.batch_tokens:
+        return True
+    tokens = config.training.local_batch_size * config.training.seq_len
+    return tokens % (HARDWARE_MULTIPLE * config.parallelism.context_parallel_degree) != 0
 
 
 def packs_frozen(config: "JobConfig") -> bool:

@@ -3,23 +3,20 @@
 Checked with torchao 0.16 and 0.18. Four-bit weights, which do not need it, are `nf4.py`.
 """
 
-import logging
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.optim import Optimizer
 
 from parallelisms.nf4 import NF4Weight, local_part
 from parallelisms.resolve import SPLIT_DIM, ResolvedPlan, block_linears
-
-log = logging.getLogger("tessera")
 
 Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
@@ -34,11 +31,6 @@ MIN_STATE_SIZE = 4096
 """Smaller parameters keep their state in 32 bits, as bitsandbytes does."""
 
 CODES, SCALES = "_codes", "_scales"
-
-
-def is_installed() -> bool:
-    """Say whether torchao can be imported."""
-    return find_spec("torchao") is not None
 
 
 # ---- float8 linear layers --------------------------------------------------------------------
@@ -61,6 +53,9 @@ class Float8:
     emulates: bool = False
     """Round to float8 and multiply in the usual precision, on any device."""
 
+    pads_tokens: bool = False
+    """The tokens of a microbatch may be no multiple of 16, which products over them must be."""
+
     left_out: tuple[str, ...] = ()
     """Parts of names of modules to leave alone."""
 
@@ -79,8 +74,7 @@ def convert_linears(
         Float8LinearConfig.from_recipe_name(float8.recipe),
         enable_fsdp_float8_all_gather=float8.gathers_float8,
         emulate=float8.emulates,
-        # The product of a weight's gradient adds over tokens, whose number may be any.
-        pad_inner_dim=not float8.emulates,
+        pad_inner_dim=float8.pads_tokens and not float8.emulates,
     )
     inside = block_linears(model, plan.blocks)
     left = {
@@ -170,8 +164,6 @@ def _laid_out_as(like: DTensor, local: Tensor, shape: tuple[int, ...]) -> DTenso
     """Wrap a rank's part of a matrix with as many rows as `like`, and split in the same places."""
     stride = (shape[-1], 1) if len(shape) == 2 else like.stride()
     # Not from_local, which moves memory in the host to the device of the mesh.
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-
     meta = TensorMeta(torch.Size(shape), stride, local.dtype)
     spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
     return DTensor(local, spec, requires_grad=False)
