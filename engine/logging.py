@@ -38,6 +38,8 @@ REPORTED_PACKAGES = (
     "flash-attn",
     "liger-kernel",
     "torchao",
+    "triton",
+    "nvidia-cudnn-frontend",
 )
 
 

@@ -18,6 +18,7 @@ from engine.distributed import (
 from engine.evaluate import Validation, evaluate
 from engine.health import GarbageCollector, SignalWatcher
 from engine.logging import Output, environment_report, start_logging
+from engine.memory import MemoryWatch
 from engine.metrics import perplexity
 from engine.profiling import Profiler
 from engine.run_folder import Difference, RunFolder, unwritable
@@ -123,13 +124,16 @@ def _train(run: Run, trackers: Trackers, signals: SignalWatcher) -> None:
         start_step=first_step - 1,
     )
     garbage = GarbageCollector(config.training.gc_freq, debug=config.training.gc_debug)
+    memory = MemoryWatch(run.trainer.model, run.trainer.optimizer, run.world.device)
+    wall = run.meter.wall
     with profiler, garbage, run.stalls:
         for step in range(first_step, steps + 1):
-            row = _take_step(run, step)
+            row = _take_step(run, step, memory)
             if step == first_step:
                 shorten_timeouts(config.comm)
             if _should_validate(config, step) and row is not None:
-                row |= _validation_row(_validate(run))
+                with wall.spent("validating"):
+                    row |= _validation_row(_validate(run))
             if row is None:
                 trackers.advance(step)
             else:
@@ -138,22 +142,26 @@ def _train(run: Run, trackers: Trackers, signals: SignalWatcher) -> None:
             garbage.after_step(step)
             stopping = signals.should_stop(run.world.any_rank)
             if stopping or run.checkpointer.should_save(step, last=step == steps):
-                run.checkpointer.save(step, run.state, last=step == steps)
+                with wall.spent("saving"):
+                    run.checkpointer.save(step, run.state, last=step == steps)
             if stopping:
                 if not config.checkpoint.enable:
                     log.warning("checkpoint.enable = false: nothing of this run was saved")
                 break
-    run.checkpointer.wait()
+    with wall.spent("saving"):
+        run.checkpointer.wait()
+    log.info("%s", wall.describe())
 
 
-def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
+def _take_step(run: Run, step: int, memory: MemoryWatch) -> dict[str, float | None] | None:
     """Run one update; return its row of numbers where one is due."""
     config, counters, meter = run.config, run.state.counters, run.meter
     steps = config.training.steps
     factor = lr_factor(step, config.lr_scheduler, steps)
     set_learning_rate(run.trainer.optimizer, factor)
     meter.start_step()
-    report = train_step(run.trainer, step)
+    with memory.watching(), meter.wall.spent("training"):
+        report = train_step(run.trainer, step)
     meter.finish_step(
         step,
         tokens=report.tokens,
@@ -179,6 +187,7 @@ def _take_step(run: Run, step: int) -> dict[str, float | None] | None:
         extra={
             **objective_row(report.metrics),
             **run.stalls.take(),
+            **memory.take(),
             "skipped_steps": run.trainer.nonfinite.num_skipped_steps,
             **_source_row(run, report),
         },

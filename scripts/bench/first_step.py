@@ -30,7 +30,7 @@ from engine.build import open_tokenizer
 from engine.cli import load_config
 from engine.data.cache import MANIFEST
 from engine.logging import machine_report
-from scripts.bench.__main__ import ROOT
+from scripts.bench.measure import ROOT
 
 PACKINGS = ("concat", "best_fit", "none")
 FEW_DOCUMENTS = 2000

@@ -37,7 +37,7 @@ from parallelisms.activation_checkpoint import ActivationCheckpointConfig
 from parallelisms.compile import CompileConfig
 from parallelisms.fsdp import PrecisionConfig
 from parallelisms.materialise import fill, local_slices, materialise
-from scripts.bench.__main__ import ROOT
+from scripts.bench.measure import ROOT
 
 LAYOUTS = {
     "FSDP4": ParallelConfig(data_parallel_shard_degree=4),

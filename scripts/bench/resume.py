@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.logging import machine_report
-from scripts.bench.__main__ import ROOT
+from scripts.bench.measure import ROOT
 
 BF16_OTHER_LAYOUT = 2e-3  # relative, of the loss
 STEPS, SAVED_STEP = 8, 4

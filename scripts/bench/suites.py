@@ -38,7 +38,8 @@ def _speed(
 
 def _llama_8b(
     name: str,
-    *degrees: str,
+    *options: str,
+    gpus: int = 4,
     local_batch_size: int = 2,
     attention: str = "sdpa",
     dataset: str = "dummy",
@@ -46,27 +47,33 @@ def _llama_8b(
 ) -> BenchRow:
     return BenchRow(
         name=name,
-        gpus=4,
+        gpus=gpus,
         config_file="train_configs/llama3_8b.toml",
         overrides=(
             *_speed(local_batch_size, attention, dataset),
             "--model.hf_assets_path=",
-            *degrees,
+            *options,
         ),
         floor_tokens_per_second=floor,
     )
 
 
-_LLAMA_1B = BenchRow(
-    name="llama-1b-untied 1 GPU, sdpa",
-    gpus=1,
-    config_file="train_configs/llama3_1b.toml",
-    overrides=(
-        *_speed(4, "sdpa"),
-        "--model.hf_assets_path=scripts/bench/llama_1b_untied",
-    ),
-    floor_tokens_per_second=48000.0,
-)
+def _llama_1b(name: str, rows: int) -> BenchRow:
+    """Return the shape of Llama 1B with a head of its own, on one GPU.
+
+    16 bytes for each of its 1.50 billion parameters, and about 12.3 GiB for each row: 71.6 GiB for
+    4 rows (measured), some 96 for 6 and 121 for 8.
+    """
+    return BenchRow(
+        name=f"llama-1b-untied {name}",
+        gpus=1,
+        config_file="train_configs/llama3_1b.toml",
+        overrides=(
+            *_speed(rows, "sdpa"),
+            "--model.hf_assets_path=scripts/bench/llama_1b_untied",
+        ),
+        floor_tokens_per_second=48000.0,
+    )
 
 
 def _documents(name: str, attention: str, *more: str, seq_len: int = 8192) -> BenchRow:
@@ -193,7 +200,39 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _long("CP4 ulysses", "sdpa", *_shared(4, "ulysses"), gpus=4, model="8b"),
         _long("CP4 allgather", "flex", *_shared(4, "allgather"), gpus=4, model="8b"),
     ),
-    "dense-1gpu": (_LLAMA_1B,),
+    "dense-1gpu": (
+        _llama_1b("1 GPU, sdpa", 4),
+        _llama_1b("1 GPU, sdpa, 6 rows", 6),
+        _llama_1b("1 GPU, sdpa, 8 rows", 8),
+    ),
+    # Masters, two moments and gradients of 8.03 billion parameters in fp32 are 60 GiB on each of
+    # two GPUs. A row of 8,192 tokens takes about 41 GiB more without checkpointing, 21 with that
+    # of operations, two rows that share tensor parallelism 50, and logits that are kept 2 each:
+    # expected are 83, 103 and 112 GiB.
+    "dense-2gpu": (
+        _llama_8b(
+            "llama-8b FSDP2 on 2 GPUs, sdpa, 1 row, selective op",
+            "--parallelism.data_parallel_shard_degree=2",
+            "--activation_checkpoint.mode=selective",
+            "--activation_checkpoint.selective_ac_option=op",
+            gpus=2,
+            local_batch_size=1,
+            floor=None,
+        ),
+        _llama_8b(
+            "llama-8b FSDP2 on 2 GPUs, sdpa, 1 row",
+            "--parallelism.data_parallel_shard_degree=2",
+            gpus=2,
+            local_batch_size=1,
+            floor=None,
+        ),
+        _llama_8b(
+            "llama-8b TP2 on 2 GPUs, sdpa, 2 rows",
+            "--parallelism.tensor_parallel_degree=2",
+            gpus=2,
+            floor=None,
+        ),
+    ),
     "documents-1gpu": (
         _documents("packed documents, cudnn", "cudnn"),
         _documents("packed documents, flex", "flex"),

@@ -84,8 +84,10 @@ def test_a_row_has_the_documented_keys_and_values():
         "mfu": pytest.approx(1600 * 1000 / 4.0 / 4 / 1e6),
         "mfu_documents": pytest.approx((1600 * 600 + 3 * 40_000) / 4.0 / 4 / 1e6),
         "peak_memory_gib": row["peak_memory_gib"],
+        "peak_allocated_gib": None,
         "step_seconds": pytest.approx(2.0),
         "data_seconds": pytest.approx(0.2),
+        "goodput": 0.0,
         "seconds_left": pytest.approx(53.0 * 90),
         "validation_loss": 2.5,
     }
@@ -150,8 +152,10 @@ def test_peak_flops_are_found_by_the_words_of_the_device_name(name: str, flops: 
 
 
 def test_every_row_of_the_peak_table_can_be_reached():
-    for words, flops in PEAK_FLOPS:
-        assert peak_flops("NVIDIA " + " ".join(words)) == flops
+    for words, bf16, fp8 in PEAK_FLOPS:
+        name = "NVIDIA " + " ".join(words)
+        assert (peak_flops(name), peak_flops(name, "float8")) == (bf16, fp8)
+    assert peak_flops("", "float8") is None
 
 
 def test_a_cpu_has_no_peak():

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.adapters import AdapterSpec, adapt, adapter_weights
 from models.decoder import DecoderLM, decoder_plan
+from models.families.hf import FAMILY
 from models.flops import (
     attention_train_flops,
     linear_train_flops_per_token,
@@ -18,6 +20,7 @@ from models.layers.lora import adapter_of
 from models.registry import load_family
 from parallelisms.materialise import materialise
 from tests.models.tiny import TINY, fill, random_tokens
+from tests.parity.wrapped_cases import MODELS
 
 WITHIN = 0.01
 ADAPTER = AdapterSpec(name="default", kind="lora", rank=8, alpha=8.0)
@@ -32,12 +35,13 @@ SHAPES = {
 }
 
 
-def counted_flops(model: DecoderLM, lengths: list[int]) -> int:
+def counted_flops(model: nn.Module, lengths: list[int], vocab_size: int = 97) -> int:
     """Return torch's count for these documents, each in a row of its own."""
     counter = FlopCounterMode(display=False)
     with counter:
         for length in lengths:
-            tokens, positions = random_tokens(1, length), torch.arange(length)[None]
+            tokens = random_tokens(1, length, vocab_size=vocab_size)
+            positions = torch.arange(length)[None]
             model(tokens, positions_BT=positions, labels_BT=tokens).sum().backward()
     return counter.get_total_flops()
 
@@ -52,6 +56,14 @@ def test_operations_of_a_row_agree_with_torchs_counter(shape):
     model = eager_model(**SHAPES[shape])
     expected = train_flops_per_token(model.config, 48) * 48
     assert counted_flops(model, [48]) == pytest.approx(expected, rel=WITHIN)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "granite"])
+def test_operations_of_a_wrapped_model_agree_with_torchs_counter(name):
+    sizes = replace(FAMILY.config_from_hf(MODELS[name]), attention="eager")
+    model = FAMILY.build(sizes).float()
+    expected = train_flops_per_token(sizes, 48) * 48
+    assert counted_flops(model, [48], vocab_size=61) == pytest.approx(expected, rel=WITHIN)
 
 
 def test_operations_of_documents_follow_their_squared_lengths():
