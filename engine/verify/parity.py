@@ -23,6 +23,7 @@ from engine.verify.subject import TINY, Subject, adapters_of
 from models.adapters import adapt
 from models.decoder import DecoderConfig
 from models.initialise import InitialRule, initial_slice, initial_values
+from models.layers.lora import adapter_of
 from models.plan import ModelPlan
 from parallelisms import ParallelConfig, ParallelDims, parallelize
 from parallelisms.activation_checkpoint import ActivationCheckpointConfig
@@ -328,10 +329,17 @@ def compare_with(
     device_type: str = "cpu",
 ) -> Comparison:
     """Compare the loss and every gradient with `expected` ones; every rank must call this."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    problems = [f"{name} is on one side only" for name in sorted(names ^ set(expected))]
+    is_adapted = any(adapter_of(name) for name in expected)
+    named = dict(model.named_parameters())
+    names = {name for name in named if not is_adapted or adapter_of(name)}
+    problems = [
+        f"{name} is frozen and has a gradient"
+        for name in sorted(named.keys() - names)
+        if named[name].grad is not None
+    ]
+    problems += [f"{name} is on one side only" for name in sorted(names ^ set(expected))]
     worst_error, worst_name = 0.0, ""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named.items():
         if name not in expected:
             continue
         size = expected[name].abs().max().item()

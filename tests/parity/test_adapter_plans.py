@@ -13,7 +13,7 @@ from engine.adapters import fill_adapters
 from engine.verify import parity
 from engine.verify.adapted import AdapterJob
 from engine.verify.case import Case
-from engine.verify.parity import BF16_ARITHMETIC, Comparison
+from engine.verify.parity import BF16_ARITHMETIC, FP32_REORDERED_SUM, Comparison
 from engine.verify.subject import TINY, Subject, adapters_of
 from models.adapters import adapt
 from models.families.hf import FAMILY as HF
@@ -101,6 +101,34 @@ def test_the_base_is_kept_in_the_dtype_of_compute_and_has_no_gradient(ranks: Ran
             "adapter gradient": {torch.float32},
         }
         comparison.check(BF16_ARITHMETIC)
+
+
+def with_dropout(rank: int, world_size: int, case: Case) -> dict[str, Tensor]:
+    """Return the gradients of an adapter whose every layer sees whole inputs under any plan."""
+    spec = replace(adapters_of(case)[0], dropout=0.3, targets=("[qkv]_proj", "gate_proj"))
+    with patch("engine.verify.parity.adapters_of", lambda case: [spec]):
+        model, dims = parity.build_case(case)
+        torch.manual_seed(11)
+        parity.train(model, dims, case)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name: grad.full_tensor() if isinstance(grad, DTensor) else grad
+        for name, grad in gradients.items()
+    }
+
+
+def test_recomputed_blocks_and_tensor_parallel_ranks_drop_the_same_channels(
+    ranks: RankPool,
+) -> None:
+    expected = ranks(1, with_dropout, Case(adapter="dora"))[0]
+    cases = [Case(adapter="dora", checkpointing=mode) for mode in ("full", "op")]
+    cases += [Case(tp=2, adapter="dora"), Case(tp=2, sequence=False, adapter="dora")]
+    for case in cases:
+        found = ranks(case.world_size, with_dropout, case)[0]
+        assert found.keys() == expected.keys()
+        for name, wanted in expected.items():
+            error = (found[name] - wanted).abs().max() / wanted.abs().max()
+            assert error < FP32_REORDERED_SUM, (case, name)
 
 
 def initial_bits(rank: int, world_size: int, case: Case) -> dict[str, Tensor]:
