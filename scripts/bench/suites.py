@@ -159,7 +159,7 @@ def _float8(name: str, *more: str) -> BenchRow:
         gpus=1,
         config_file="train_configs/llama3_1b.toml",
         overrides=(
-            *_speed(4, "cudnn"),
+            *_speed(4, "sdpa"),
             "--model.hf_assets_path=scripts/bench/llama_1b_untied",
             *more,
         ),
@@ -172,7 +172,7 @@ def _adapted_8b(name: str, *more: str) -> BenchRow:
         gpus=1,
         config_file="train_configs/llama3_8b.toml",
         overrides=(
-            *_speed(2, "cudnn", seq_len=4096),
+            *_speed(2, "sdpa", seq_len=4096),
             "--model.hf_assets_path=",
             "--training.global_batch_size=-1",
             "--activation_checkpoint.mode=selective",

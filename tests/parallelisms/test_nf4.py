@@ -107,7 +107,7 @@ def test_a_packed_weight_computes_as_its_values_and_cannot_be_changed_in_part():
         weight.mul_(2.0)
 
 
-PLANS = ["fsdp2-ac-full", "rep2-aot_eager", "cp2"]
+PLANS = {"one-aot_eager": 1, "fsdp2-ac-full": 2, "rep2": 2, "cp2": 2}
 
 
 def test_every_layout_trains_beside_packed_weights_as_beside_the_values_they_stand_for(
@@ -115,8 +115,7 @@ def test_every_layout_trains_beside_packed_weights_as_beside_the_values_they_sta
 ):
     [(loss, expected, held)] = ranks(1, cases.plain_step)
     assert held == 0, "no dequantised weight is kept for the backward"
-    for plan in ("one", *PLANS):
-        world_size = 1 if plan == "one" else 2
+    for plan, world_size in PLANS.items():
         comparison, _, _, bytes_each = ranks(world_size, cases.packed_step, plan, (loss, expected))[
             0
         ]
