@@ -138,6 +138,15 @@ class NF4Weight(Tensor):
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"NF4Weight({tuple(self.shape)}, {self.dtype}, {self.device})"
 
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.Size, torch.dtype]]:
+        return ["packed"], (self.shape, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, Tensor], context: tuple[torch.Size, torch.dtype], size: Any, stride: Any
+    ) -> "NF4Weight":
+        return NF4Weight(parts["packed"], *context)
+
     def dequantised(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weights as a plain tensor."""
         values = torch.empty(

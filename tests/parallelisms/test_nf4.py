@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.memory import bytes_on
 from models.decoder import DecoderLM
 from parallelisms.freeze import trainable_names
 from parallelisms.mesh import ParallelConfig, ParallelDims
@@ -103,6 +104,7 @@ def test_a_packed_weight_computes_as_its_values_and_cannot_be_changed_in_part():
     rows = weight[2:4]
     assert isinstance(rows, NF4Weight)
     assert torch.equal(rows.dequantised(), values[2:4])
+    assert bytes_on([nn.Parameter(weight, requires_grad=False)], weight.device) == 6 * 37
     with pytest.raises(TypeError, match="frozen"):
         weight.mul_(2.0)
 
