@@ -29,6 +29,7 @@ from engine.data.rows import RowSource
 from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from engine.distributed import World
 from engine.health import NonFinitePolicy
+from engine.low_precision import float8_of, follow_updates, log_conversion, packs_frozen
 from engine.metrics import Meter, StepCosts, device_peak_flops
 from engine.model import Architecture, resolve_architecture
 from engine.neftune import EmbeddingNoise
@@ -100,6 +101,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
 
     model = _build_model(config, world, dims, architecture)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    follow_updates(config, model, optimizer)
     state = TrainingState(
         model=model,
         optimizer=optimizer,
@@ -146,8 +148,11 @@ def _build_model(
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
         frozen=config.model.freeze,
+        float8=float8_of(config),
+        packs_frozen=packs_frozen(config),
     )
     _log_frozen(model)
+    log_conversion(config, model)
     materialise(model, config.training.parameters_on(world.device), computes_on=world.device)
     seed_dropout(config.adapter, dims, config.debug.effective_seed)
     return model

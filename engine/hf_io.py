@@ -25,6 +25,7 @@ from engine.checkpoint_storage import RankGroup
 from engine.hf_weights import INDEX_NAME, SINGLE_NAME
 from engine.manifest import refuse_small_disk, set_aside, sync_folder, write_synced
 from models.weights import KeyMap
+from parallelisms.low_precision import full_precision
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -121,6 +122,7 @@ def _raise(failure: Exception | None) -> None:
 
 def _whole(tensor: Tensor) -> Tensor:
     """Gather a tensor of any layout; every rank of its mesh must call this."""
+    tensor = full_precision(tensor)
     if not isinstance(tensor, DTensor):
         return tensor
     # Parameters offloaded to host memory are gathered where their mesh lives.

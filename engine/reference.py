@@ -28,6 +28,7 @@ from engine.data.cache import build_once, cache_root, digest_of, file_digest, is
 from engine.data.loader import DataloaderConfig, validation_batches
 from engine.data.rows import RowSource, TokenRows
 from engine.hf_weights import INDEX_NAME, has_weights
+from engine.low_precision import float8_of
 from engine.manifest import read_manifest
 from engine.model import Architecture
 from engine.objectives import Objective
@@ -211,6 +212,7 @@ def build_reference(policy: Policy, source: Source | None) -> nn.Module:
         activation_checkpoint=ActivationCheckpointConfig(mode="none"),
         compile=config.compile,
         frozen=["regex:.*"],
+        float8=float8_of(config),
     )
     materialise(model, config.training.parameters_on(policy.device), computes_on=policy.device)
     seed = config.debug.effective_seed
