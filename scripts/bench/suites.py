@@ -172,12 +172,33 @@ def _adapted_8b(name: str, *more: str) -> BenchRow:
         gpus=1,
         config_file="train_configs/llama3_8b.toml",
         overrides=(
-            *_speed(2, "sdpa", seq_len=4096),
+            *_speed(4, "sdpa", seq_len=4096),
             "--model.hf_assets_path=",
             "--training.global_batch_size=-1",
-            "--activation_checkpoint.mode=selective",
-            "--activation_checkpoint.selective_ac_option=op",
             "--adapter.kind=lora",
+            *more,
+        ),
+    )
+
+
+_OPERATIONS_SAVED = (
+    "--activation_checkpoint.mode=selective",
+    "--activation_checkpoint.selective_ac_option=op",
+)
+
+
+def _preference(name: str, *more: str) -> BenchRow:
+    return BenchRow(
+        name=f"llama-1b DPO, {name}",
+        gpus=2,
+        config_file="train_configs/llama3_1b.toml",
+        overrides=(
+            *_speed(2, "cudnn", "python_stdlib_preference", seq_len=4096),
+            "--objective.name=dpo",
+            "--data.format=preference",
+            "--data.chat_template=tulu",
+            "--data.packing=best_fit",
+            "--data.long_document=drop",
             *more,
         ),
     )
@@ -256,7 +277,12 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
     ),
     "lora-1gpu": (
         _adapted_8b("LoRA"),
-        _adapted_8b("QLoRA", "--model.converters=nf4"),
+        _adapted_8b("LoRA, selective op", *_OPERATIONS_SAVED),
+        _adapted_8b("QLoRA, selective op", *_OPERATIONS_SAVED, "--model.converters=nf4"),
+    ),
+    "preference-2gpu": (
+        _preference("reference online"),
+        _preference("reference precomputed", "--objective.reference=precomputed"),
     ),
     "kernels-1gpu": (
         _kernels("compiled"),
