@@ -105,7 +105,7 @@ class ModelPlan:
 def match(names: Iterable[str], pattern: str) -> list[str]:
     """Return the names that a pattern matches; wildcards stay within one dot-separated part."""
     parts = pattern.split(".")
-    found = []
+    found: list[str] = []
     for name in names:
         name_parts = name.split(".")
         if len(name_parts) == len(parts) and all(map(fnmatchcase, name_parts, parts)):

@@ -94,7 +94,7 @@ class AdaptedLinear(ParallelStyle):
     def _enter(self, mesh: DeviceMesh) -> Any:
         is_split = self.split == "rows"
         # Each rank finds its outputs' share of the gradient; the entrance of the region sums it.
-        gradient = Partial() if self.split == "columns" else None
+        gradient = (Partial(),) if self.split == "columns" else None
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
@@ -102,17 +102,15 @@ class AdaptedLinear(ParallelStyle):
                 x = DTensor.from_local(x, mesh, (_last(self.arrives, x),), run_check=False)
             wanted = Shard(x.ndim - 1) if is_split else Replicate()
             x = x.redistribute(placements=(wanted,))
-            return (x.to_local(grad_placements=gradient and (gradient,)), *args[1:])
+            return (x.to_local(grad_placements=gradient), *args[1:])
 
         return enter
 
     def _leave(self, mesh: DeviceMesh) -> Any:
-        found: Placement | None = {"columns": Shard(-1), "rows": Partial(), "whole": None}[
-            self.split
-        ]
+        found = Partial() if self.split == "rows" else Shard(-1)
 
         def leave(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            if found is None:
+            if self.split == "whole":
                 return output
             whole = DTensor.from_local(output, mesh, (_last(found, output),), run_check=False)
             whole = whole.redistribute(placements=(_last(self.leaves, output),)).to_local()

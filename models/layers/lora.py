@@ -150,12 +150,7 @@ class LoRALinear(nn.Linear):
         return LowRank(a=a, b=b, scale=scale, magnitude=magnitude, dropout=dropout)
 
 
-def gain(
-    weight: Tensor,
-    adapter: LowRank,
-    magnitude: Tensor,
-    layout: Layout = WHOLE,
-) -> Tensor:
+def gain(weight: Tensor, adapter: LowRank, magnitude: Tensor, layout: Layout = WHOLE) -> Tensor:
     """Return DoRA's m / ||W + scale x B A|| of each output, in fp32; the length is a constant.
 
     The length is rounded as the magnitude is, so that one that is the length of W gives exactly 1.
@@ -165,11 +160,7 @@ def gain(
 
 
 @torch.no_grad()
-def row_lengths(
-    weight: Tensor,
-    adapter: LowRank,
-    layout: Layout = WHOLE,
-) -> Tensor:
+def row_lengths(weight: Tensor, adapter: LowRank, layout: Layout = WHOLE) -> Tensor:
     """Return the length of each row of W + scale x B A, in fp32, and never make that matrix.
 
     ||w + s b A||^2 = ||w||^2 + 2 s (w A^T) . b + s^2 b (A A^T) . b for each row w of W and b of B.
@@ -225,11 +216,11 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
     Ranks that share a forward pass must all be inside, or all outside.
     """
-    modules = [module for _, module in adapted_linears(model)]
-    for module in modules:
+    before = [(module, module.is_adapted) for _, module in adapted_linears(model)]
+    for module, _ in before:
         module.is_adapted = False
     try:
         yield
     finally:
-        for module in modules:
-            module.is_adapted = True
+        for module, was_adapted in before:
+            module.is_adapted = was_adapted

@@ -125,12 +125,13 @@ def test_the_merged_weight_does_what_base_and_adapters_do() -> None:
     assert (logits(merged) - logits(model)).abs().max() / size < ANOTHER_ORDER
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("specs", [(LORA, RSLORA), (DORA,)], ids=["lora and rslora", "dora"])
 def test_logits_and_gradients_are_those_of_peft(specs: tuple[AdapterSpec, ...]) -> None:
-    peft = pytest.importorskip("peft", reason="peft is the oracle, and is not installed")
+    peft: Any = pytest.importorskip("peft", reason="peft is the oracle, and is not installed")
     ours = adapted(*specs, **BIASED)
     move(ours)
-    theirs = tiny_model(**BIASED)
+    theirs: Any = tiny_model(**BIASED)
     for spec in specs:
         config = peft.LoraConfig(
             r=spec.rank,
