@@ -5,8 +5,9 @@ long as it is gathered. So blocks, adapters, checkpointing and compilation see p
 the backward keeps none: it gathers and dequantises again.
 
 Not torchao's NF4Tensor: the mean of its scales is a number of the rank that FSDP2 does not gather,
-so shards quantised apart are dequantised wrongly (test_nf4.py); it needs 16,384 weights or a
-multiple on every rank; it cannot be made empty and filled part by part; it breaks compiled blocks.
+so shards quantised apart are dequantised wrongly (two whose sizes differ threefold: by twice their
+mean size, torchao 0.18); it needs 16,384 weights or a multiple on every rank; made empty on meta it
+has no table; its products are hidden from the compiler.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E.
 """
