@@ -187,10 +187,17 @@ _OPERATIONS_SAVED = (
 )
 
 
-def _preference(name: str, *more: str) -> BenchRow:
+_PRECOMPUTED = "--objective.reference=precomputed"
+_TP2_OF_4 = (
+    "--parallelism.data_parallel_shard_degree=2",
+    "--parallelism.tensor_parallel_degree=2",
+)
+
+
+def _preference(name: str, *more: str, gpus: int = 1) -> BenchRow:
     return BenchRow(
         name=f"llama-1b DPO, {name}",
-        gpus=2,
+        gpus=gpus,
         config_file="train_configs/llama3_1b.toml",
         overrides=(
             *_speed(2, "cudnn", "python_stdlib_preference", seq_len=4096),
@@ -280,9 +287,13 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _adapted_8b("LoRA, selective op", *_OPERATIONS_SAVED),
         _adapted_8b("QLoRA, selective op", *_OPERATIONS_SAVED, "--model.converters=nf4"),
     ),
-    "preference-2gpu": (
+    "preference-1gpu": (
         _preference("reference online"),
-        _preference("reference precomputed", "--objective.reference=precomputed"),
+        _preference("reference precomputed", _PRECOMPUTED),
+    ),
+    "preference-4gpu": (
+        _preference("FSDP2 x TP2, reference online", *_TP2_OF_4, gpus=4),
+        _preference("FSDP2 x TP2, reference precomputed", *_TP2_OF_4, _PRECOMPUTED, gpus=4),
     ),
     "kernels-1gpu": (
         _kernels("compiled"),
