@@ -29,6 +29,7 @@ from engine.data.rows import RowSource
 from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from engine.distributed import World
 from engine.health import NonFinitePolicy
+from engine.low_precision import float8_of, follow_updates, log_conversion, packs_frozen
 from engine.metrics import Meter, StepCosts, device_peak_flops
 from engine.model import Architecture, resolve_architecture
 from engine.neftune import EmbeddingNoise
@@ -105,6 +106,7 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     start = find_start(config, checkpointer)
     model, adapters = _build_model(policy, is_new=start.step is None)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    follow_updates(config, model, optimizer)
     state = TrainingState(
         model=model,
         optimizer=optimizer,
@@ -150,8 +152,11 @@ def _build_model(policy: Policy, *, is_new: bool) -> tuple[nn.Module, Mapping[st
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
         frozen=config.model.freeze,
+        float8=float8_of(config),
+        packs_frozen=packs_frozen(config),
     )
     _log_frozen(model)
+    log_conversion(config, model)
     materialise(model, config.training.parameters_on(device), computes_on=device)
     seed_dropout(config.adapter, dims, config.debug.effective_seed)
     return model, adapters

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from engine.checkpoint_storage import RankGroup, read_metadata, read_tensors
 from models.layers.lora import adapter_of
+from parallelisms.low_precision import full_precision, refuse_other_state, stored, zeros_by_rows
 
 COUNTERS_NAME = "counters.json"
 Part = Literal["model", "optimizer", "dataloader", "train_state", "rng"]
@@ -86,11 +87,14 @@ def _parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in model_tensors(model).items()}
 
 
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the memory of a model's tensors: float8 layers in full, four bits as they are."""
+    return {name: stored(tensor.detach()) for name, tensor in tensors.items()}
+
+
 def collect(state: TrainingState, rank: int) -> dict[str, Tensor]:
     """Return the tensors of a full checkpoint, as views of what training uses."""
-    tensors = {
-        name: tensor.detach() for name, tensor in kept_tensors(model_tensors(state.model)).items()
-    }
+    tensors = _stored(kept_tensors(model_tensors(state.model)))
     if state.optimizer is not None:
         names = _parameter_names(state.model)
         for parameter, slots in state.optimizer.state.items():
@@ -103,9 +107,11 @@ def collect(state: TrainingState, rank: int) -> dict[str, Tensor]:
 
 def collect_model(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return what is kept of the model alone, floating-point tensors as `dtype`."""
+    kept = kept_tensors(model_tensors(model))
+    values = {name: full_precision(tensor.detach()) for name, tensor in kept.items()}
     return {
-        name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-        for name, tensor in kept_tensors(model_tensors(model)).items()
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in values.items()
     }
 
 
@@ -152,8 +158,7 @@ def restore(
     tensors: dict[str, Tensor] = {}
     if "model" in parts:
         whole = model_tensors(state.model)
-        found = base_tensors(whole) if only_base else kept_tensors(whole)
-        tensors = {name: tensor.detach() for name, tensor in found.items()}
+        tensors = _stored(base_tensors(whole) if only_base else kept_tensors(whole))
         refuse_other_model(tensors, metadata, folder, widen=widen)
     slots = _optimizer_slots(state, metadata) if "optimizer" in parts else {}
     for name, parameter_slots in slots.items():
@@ -266,9 +271,12 @@ def _optimizer_slots(state: TrainingState, metadata: Metadata) -> dict[str, dict
         parameter, dtype = trained[name], entry.properties.dtype
         if entry.size == parameter.shape:
             value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        elif len(entry.size) == parameter.ndim:
+            value = zeros_by_rows(parameter, tuple(entry.size), dtype)
         else:
             value = torch.zeros(entry.size, dtype=dtype)
         slots.setdefault(name, {})[slot] = value
+    refuse_other_state(state.optimizer, {slot for one in slots.values() for slot in one})
     return slots
 
 

@@ -14,6 +14,7 @@ from engine.adapter_rules import ADAPTER_RULES
 from engine.checkpoint_rules import CHECKPOINT_RULES
 from engine.data.config import DATASETS_FROM_FILES
 from engine.layout_rules import BUDGET_RULES, CONTEXT_RULES, LAYOUT_RULES
+from engine.low_precision import LOW_PRECISION_RULES
 from engine.model_rules import MODEL_RULES
 from engine.preference_rules import PREFERENCE_RULES
 from engine.rules import Facts, Rule, gather_facts
@@ -299,6 +300,7 @@ RULES: Sequence[Rule] = (
     *PREFERENCE_RULES,
     *CHECKPOINT_RULES,
     *EXTRAS_RULES,
+    *LOW_PRECISION_RULES,
     *titan.RULES,
 )
 """The table."""

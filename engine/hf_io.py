@@ -27,6 +27,7 @@ from engine.manifest import refuse_small_disk, set_aside, sync_folder, write_syn
 from models.adapters import AdapterSpec
 from models.layers.lora import PARTS, LoRALinear, LowRank, adapted_linears, merged_weight
 from models.weights import KeyMap
+from parallelisms.low_precision import full_precision
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -166,6 +167,7 @@ def low_ranks(linear: LoRALinear, read: Callable[[str, Tensor], Tensor]) -> list
 
 def whole(tensor: Tensor) -> Tensor:
     """Gather a tensor of any layout; every rank of its mesh must call this."""
+    tensor = full_precision(tensor)
     if not isinstance(tensor, DTensor):
         return tensor
     # Parameters offloaded to host memory are gathered where their mesh lives.

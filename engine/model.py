@@ -48,10 +48,11 @@ class ModelConfig:
     """Folder of the tokenizer where it is not `hf_assets_path`."""
 
     converters: list[str] = field(default_factory=list[str])
-    """Model rewrites by name, such as float8."""
+    """Rewrites of the model: "float8" multiplies in the blocks' linear layers in float8 (section
+    `quantize.linear.float8`), "nf4" keeps those of them that are frozen in four bits."""
 
     print_after_conversion: bool = False
-    """Print the model after the converters have run; without one it does nothing."""
+    """Log the model's modules after the converters have run."""
 
     attention: Literal["auto", "eager", "sdpa", "flex", "cudnn", "varlen", "flash"] = "auto"
     """Attention backend; auto takes sdpa on the CPU, or eager for models that cap scores softly,

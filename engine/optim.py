@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from parallelisms.low_precision import AdamW8bit
+
 log = logging.getLogger("tessera")
 
 OPTIMIZERS: dict[str, type[Adam]] = {"Adam": Adam, "AdamW": AdamW}
@@ -21,8 +23,9 @@ OPTIMIZERS: dict[str, type[Adam]] = {"Adam": Adam, "AdamW": AdamW}
 class OptimizerConfig:
     """Section `optimizer`: the update rule and its constants."""
 
-    name: Literal["Adam", "AdamW"] = "AdamW"
-    """Update rule; weight decay is decoupled in AdamW and part of the gradient in Adam."""
+    name: Literal["Adam", "AdamW", "AdamW8bit"] = "AdamW"
+    """Update rule; weight decay is decoupled in AdamW and part of the gradient in Adam. AdamW8bit
+    keeps the state of matrices in 2.03 bytes a parameter in place of 8, and needs torchao."""
 
     lr: float = 8e-4
     """Peak learning rate, which `lr_scheduler` multiplies by a factor each step."""
@@ -41,7 +44,8 @@ class OptimizerConfig:
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """One kernel for all parameters (fused), one for each operation (foreach), or one for each
-    parameter and operation; a device without fused kernels takes foreach, said in the log."""
+    parameter and operation; a device without fused kernels takes foreach, said in the log.
+    AdamW8bit has one of its own."""
 
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is there; refused here."""
@@ -89,18 +93,26 @@ def build_optimizer(
         for members, weight_decay in ((matrices, config.weight_decay), (vectors, 0.0))
         if members
     ]
+    optimizer = _update_rule(groups, config)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def _update_rule(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    betas = (config.beta1, config.beta2)
+    if config.name == "AdamW8bit":
+        return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     implementation = _available_implementation(parameters, config.implementation)
-    optimizer = OPTIMIZERS[config.name](
+    return OPTIMIZERS[config.name](
         groups,
         lr=config.lr,
-        betas=(config.beta1, config.beta2),
+        betas=betas,
         eps=config.eps,
         fused=implementation == "fused",
         foreach=implementation == "foreach",
     )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
 
 
 def _available_implementation(parameters: Iterable[nn.Parameter], wanted: str) -> str:

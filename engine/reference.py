@@ -29,6 +29,7 @@ from engine.data.cache import build_once, cache_root, digest_of, is_complete
 from engine.data.loader import DataloaderConfig, validation_batches
 from engine.data.rows import RowSource, TokenRows
 from engine.hf_weights import has_weights
+from engine.low_precision import float8_of
 from engine.model import Architecture
 from engine.objectives import Objective
 from engine.objectives import SequenceSum as SumOfSequence
@@ -225,6 +226,7 @@ def build_reference(policy: Policy, source: Source | None) -> nn.Module:
         activation_checkpoint=ActivationCheckpointConfig(mode="none"),
         compile=config.compile,
         frozen=["regex:.*"],
+        float8=float8_of(config),
     )
     materialise(model, config.training.parameters_on(policy.device), computes_on=policy.device)
     seed = config.debug.effective_seed

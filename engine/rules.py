@@ -23,6 +23,9 @@ from models.sizes import Feature, ModelSizes
 if TYPE_CHECKING:
     from engine.config import JobConfig
 
+FLOAT8_CAPABILITY = (8, 9)
+"""CUDA compute capability from which GPUs multiply in float8."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
@@ -45,6 +48,9 @@ class Facts:
 
     num_local_ranks: int = 1
     """Ranks on this machine."""
+
+    gpu_capability: tuple[int, int] | None = None
+    """CUDA compute capability of the GPU; None where this machine has none."""
 
     missing: frozenset[str] = frozenset()
     """Optional programs and packages that are not installed."""
@@ -215,6 +221,25 @@ class Facts:
         """Whether Liger's kernels are asked for by name."""
         return self.config.model.kernels == "liger"
 
+    @property
+    def multiplies_float8(self) -> bool:
+        """Whether the device multiplies in float8; a GPU that is not here is taken to."""
+        if self.device_type != "cuda":
+            return False
+        known = self.gpu_capability if self.is_here else None
+        return known is None or known >= FLOAT8_CAPABILITY
+
+    @property
+    def float8_capability(self) -> str:
+        """What GPU that takes, for messages."""
+        return ".".join(map(str, FLOAT8_CAPABILITY))
+
+    @property
+    def freezes_weights(self) -> bool:
+        """Whether weights of the model itself are not trained."""
+        config = self.config
+        return bool(config.model.freeze or config.adapter.specs) or not self.trains
+
     def uses_inductor(self, device_type: str) -> bool:
         """Whether this machine will compile with inductor for such a device."""
         config = self.config.compile
@@ -284,7 +309,9 @@ def _longest_row(config: "JobConfig") -> int:
 
 def missing_extras() -> frozenset[str]:
     """Return which optional packages and programs that rules name are not installed."""
-    missing = {name for name in ("wandb", "triton", "liger_kernel") if find_spec(name) is None}
+    missing = {
+        name for name in ("wandb", "triton", "liger_kernel", "torchao") if find_spec(name) is None
+    }
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
     if not any(shutil.which(name) for name in compilers):
         missing.add("a C++ compiler")
@@ -316,6 +343,7 @@ def gather_facts(
         is_here=is_here,
         num_gpus=num_gpus,
         num_local_ranks=num_local_ranks,
+        gpu_capability=torch.cuda.get_device_capability() if num_gpus else None,
         missing=missing_extras() if is_here else frozenset(),
     )
     try:

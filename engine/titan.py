@@ -8,27 +8,8 @@ spelling is answered with today's one.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.low_precision import Float8LinearConfig
 from engine.rules import Rule
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Float8LinearConfig:
-    """Float8 training of linear layers."""
-
-    enable_fsdp_float8_all_gather: bool = False
-    """Gather parameters in float8; without the converter it does nothing."""
-
-    precompute_float8_dynamic_scale_for_fsdp: bool = False
-    """Compute the scales of all parameters at once; without the converter it does nothing."""
-
-    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """Scaling recipe; without the converter it does nothing."""
-
-    filter_fqns: list[str] = field(default_factory=list[str])
-    """Modules to leave alone; without the converter it does nothing."""
-
-    emulate: bool = False
-    """Emulate float8 on older GPUs; without the converter it does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,13 +17,13 @@ class MXLinearConfig:
     """Microscaling formats for linear layers."""
 
     mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
-    """Casting kernel; without the converter it does nothing."""
+    """Casting kernel; there is no such converter, and it does nothing."""
 
     recipe_name: str = "mxfp8_cublas"
-    """Scaling recipe; without the converter it does nothing."""
+    """Scaling recipe; there is no such converter, and it does nothing."""
 
     filter_fqns: list[str] = field(default_factory=lambda: ["output"])
-    """Modules to leave alone; without the converter it does nothing."""
+    """Modules to leave alone; there is no such converter, and it does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +42,7 @@ class Float8GroupedConfig:
     """Float8 for the grouped multiplications of experts."""
 
     fqns: list[str] | str = field(default_factory=list[str])
-    """Modules to convert; without the converter it does nothing."""
+    """Modules to convert; there is no such converter, and it does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +50,10 @@ class MXGroupedConfig:
     """Microscaling formats for the grouped multiplications of experts."""
 
     recipe_name: Literal["mxfp8"] = "mxfp8"
-    """Scaling recipe; without the converter it does nothing."""
+    """Scaling recipe; there is no such converter, and it does nothing."""
 
     fqns: list[str] | str = field(default_factory=list[str])
-    """Modules to convert; without the converter it does nothing."""
+    """Modules to convert; there is no such converter, and it does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +69,7 @@ class QuantizeGroupedConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeConfig:
-    """Low-precision settings; they act through model.converters, which has none yet."""
+    """Low-precision settings; they act through model.converters."""
 
     linear: QuantizeLinearConfig = field(default_factory=QuantizeLinearConfig)
     """Linear layers."""
@@ -184,13 +165,6 @@ RENAMED = {
 
 RULES = (
     Rule(
-        id="converters_that_are_not_there",
-        keys=("model.converters",),
-        applies=lambda f: bool(f.config.model.converters),
-        reason="no model rewrite, such as float8 or mx, is there yet",
-        remedy="write model.converters = [] and train in bfloat16",
-    ),
-    Rule(
         id="memory_estimation_inside_a_run",
         keys=("memory_estimation.enable",),
         applies=lambda f: f.config.memory_estimation.enable,
@@ -209,7 +183,6 @@ RULES = (
 
 WITHOUT_EFFECT = frozenset(
     {
-        "model.print_after_conversion",  # there are no converters
         "training.dataloader.persistent_workers",  # the stream of rows never ends
         "validation.dataloader.persistent_workers",
         "parallelism.module_fqns_per_model_part",  # the pipeline degree is 1
@@ -223,12 +196,7 @@ WITHOUT_EFFECT = frozenset(
         "parallelism.context_parallel_rotate_method",  # context_parallel_mode says it
         "parallelism.expert_parallel_comm_backend",  # the expert-parallel degree is 1
         "checkpoint.enable_ft_dataloader_checkpoints",  # torchft is not used
-        "quantize.linear.float8.enable_fsdp_float8_all_gather",  # there are no converters
-        "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
-        "quantize.linear.float8.recipe_name",
-        "quantize.linear.float8.filter_fqns",
-        "quantize.linear.float8.emulate",
-        "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",
+        "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",  # there is no such converter
         "quantize.linear.mx.recipe_name",
         "quantize.linear.mx.filter_fqns",
         "quantize.grouped_mm.float8.fqns",

@@ -21,7 +21,12 @@ from torch.utils.checkpoint import (
 import parallelisms.context.ring  # noqa: F401  it names an operator of its own
 
 Forward = Callable[..., Any]
-MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+MATRIX_PRODUCTS = {
+    torch.ops.aten.mm.default: 1,
+    torch.ops.aten._scaled_mm.default: 1,  # of float8 layers
+    torch.ops.aten.addmm.default: 2,
+}
+"""Operators, and which argument is the second matrix."""
 DOCUMENT_ATTENTION = (
     ("tessera", "cudnn_attention"),
     ("torch_attn", "_varlen_attn"),
@@ -186,7 +191,7 @@ def _keep_costly_results(recomputed_shapes: frozenset[tuple[int, ...]]) -> Calla
         def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
             keep = operation in costly
             if operation in MATRIX_PRODUCTS:
-                weight = args[-1]
+                weight = args[MATRIX_PRODUCTS[operation]]
                 if tuple(weight.shape) in recomputed_shapes:
                     return CheckpointPolicy.PREFER_RECOMPUTE
                 # Every second product: half their memory for a third of their time.

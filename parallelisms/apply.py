@@ -1,5 +1,6 @@
 """`parallelize`: the one place that fixes the order in which a plan's parallelisms are applied."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,14 @@ from parallelisms.compile import (
 from parallelisms.context import apply_context
 from parallelisms.freeze import trainable_names
 from parallelisms.fsdp import PrecisionConfig, apply_fsdp
+from parallelisms.low_precision import Float8, convert_linears
 from parallelisms.materialise import tie
 from parallelisms.mesh import ParallelConfig, ParallelDims
+from parallelisms.nf4 import first_reasons, pack_frozen
 from parallelisms.resolve import ResolvedPlan, resolve
 from parallelisms.tensor import apply_tensor
+
+log = logging.getLogger("tessera")
 
 
 def parallelize(
@@ -37,32 +42,31 @@ def parallelize(
     activation_checkpoint: ActivationCheckpointConfig,
     compile: CompileConfig,
     frozen: Sequence[str] = (),
+    float8: Float8 | None = None,
+    packs_frozen: bool = False,
 ) -> ResolvedPlan:
     """Apply every parallelism that the configuration asks for to a meta model, in place.
 
-    `frozen` says what is not trained, as `model.freeze` does. Every rank must call this with the
-    same arguments; `dims` has its meshes.
+    `frozen` says what is not trained, as `model.freeze` does; `packs_frozen` keeps the linear
+    layers among it in four bits. Every rank must call this with the same arguments; `dims` has
+    its meshes.
 
-    The order matters: tensor parallelism first, because the others wrap what it makes; ties and
-    frozen parameters after it, because its styles undo both; context parallelism before the blocks
-    are compiled, which would not see it later; checkpointing before FSDP, so that gathering stays
-    outside the recomputed region; FSDP last, because its units are final modules.
+    The order matters: float8 layers first, whose weights tensor parallelism splits; then that,
+    because the others wrap what it makes; ties and frozen parameters after it, because its styles
+    undo both; context parallelism before the blocks are compiled, which would not see it later;
+    checkpointing before FSDP, so that gathering stays outside the recomputed region; FSDP last,
+    because its units are final modules, and packing just before it, which only FSDP knows of.
     """
     check(parallel, activation_checkpoint, compile, dims)
     resolved = resolve(model, plan, dims)
     trainable = trainable_names(model, frozen, resolved.blocks)
     for name, parameter in model.named_parameters():  # buffers, such as angles, stay exact
         parameter.data = parameter.data.to(precision.stored(name in trainable))
+    if float8 is not None:
+        left = convert_linears(model, resolved, float8, tp=dims.tp)
+        log.info("float8: layers left as they are: %s", first_reasons(left))
     if dims.tp > 1:
-        apply_tensor(
-            model,
-            resolved,
-            dims.mesh("tp"),
-            sequence_parallel=parallel.sequence_parallel,
-            loss_parallel=not parallel.disable_loss_parallel,
-        )
-        if parallel.enable_async_tensor_parallel:
-            overlap_tensor_parallel(dims.mesh("tp"))
+        _split_tensors(model, resolved, dims, parallel)
     for owner, other in resolved.tied:
         tie(model, owner, other)
     for name, parameter in model.named_parameters():
@@ -70,6 +74,9 @@ def parallelize(
     if dims.cp > 1:
         apply_context(model, resolved, dims, mode=parallel.context_parallel_mode)
     _wrap_blocks(model, resolved, activation_checkpoint, compile)
+    if packs_frozen:
+        left = pack_frozen(model, resolved, trainable=trainable, num_shards=dims.fsdp_degree)
+        log.info("nf4: layers left as they are: %s", first_reasons(left))
     apply_fsdp(
         model,
         resolved,
@@ -80,6 +87,20 @@ def parallelize(
     now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert now == trainable, "parallelisms leave the set of trained parameters as it was"
     return resolved
+
+
+def _split_tensors(
+    model: nn.Module, plan: ResolvedPlan, dims: ParallelDims, parallel: ParallelConfig
+) -> None:
+    apply_tensor(
+        model,
+        plan,
+        dims.mesh("tp"),
+        sequence_parallel=parallel.sequence_parallel,
+        loss_parallel=not parallel.disable_loss_parallel,
+    )
+    if parallel.enable_async_tensor_parallel:
+        overlap_tensor_parallel(dims.mesh("tp"))
 
 
 def check(

@@ -147,6 +147,17 @@ def _check_ties(model: nn.Module, tied: Sequence[tuple[str, str]]) -> None:
             )
 
 
+def block_linears(model: nn.Module, blocks: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return the linear layers of the blocks by name; those inside another belong to it."""
+    found: dict[str, nn.Linear] = {}
+    for block in blocks:
+        for name, module in model.get_submodule(block).named_modules(prefix=block):
+            is_part = any(name.startswith(f"{other}.") for other in list(found)[-1:])
+            if isinstance(module, nn.Linear) and not is_part:
+                found[name] = module
+    return found
+
+
 def divisors(number: int) -> list[int]:
     """Return every whole number that divides `number`, in order."""
     return [d for d in range(1, number + 1) if number % d == 0]

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.adapters import build_adapted, frozen_dtype
 from engine.cli import load_config, run_command
 from engine.combinations import refusals
 from engine.config import JobConfig
+from engine.low_precision import packs_frozen
 from engine.model import Architecture, find_architecture
 from engine.rules import gather_facts
 from engine.schema import raise_mistakes
@@ -34,6 +34,7 @@ from parallelisms.apply import parallelize
 from parallelisms.compile import CompileConfig
 from parallelisms.fsdp import PrecisionConfig
 from parallelisms.mesh import ParallelDims
+from parallelisms.nf4 import num_bytes
 from parallelisms.resolve import resolve
 
 GIB = 2**30
@@ -133,6 +134,7 @@ def _report(config: JobConfig, architecture: Architecture, world_size: int) -> N
         activation_checkpoint=ActivationCheckpointConfig(mode="none"),
         compile=CompileConfig(),
         frozen=config.model.freeze,
+        packs_frozen=packs_frozen(config),
     )
     print(resolved.table())
     _print_holdings(holdings(model, gathered), precision)
@@ -153,8 +155,7 @@ def holdings(model: nn.Module, gathered: int) -> Holdings:
     """Count what this rank holds of a parallelised meta model under AdamW."""
     parameters = trainable = 0
     for parameter in model.parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        size = local.numel() * local.element_size()
+        size = num_bytes(parameter)
         parameters += size
         trainable += size if parameter.requires_grad else 0
     return Holdings(

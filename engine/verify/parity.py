@@ -30,6 +30,7 @@ from parallelisms.collectives import sum_over
 from parallelisms.compile import CompileConfig
 from parallelisms.context import split_tokens
 from parallelisms.fsdp import PrecisionConfig
+from parallelisms.low_precision import Float8
 from parallelisms.materialise import fill, materialise
 
 FP32_REORDERED_SUM = 5e-6  # another order of the same sums; 4.5e-6 is the worst seen, most 2e-6
@@ -204,6 +205,8 @@ def build_case(
     subject: Subject = TINY,
     dims: ParallelDims | None = None,
     filled: bool = True,
+    float8: Float8 | None = None,
+    packs_frozen: bool = False,
 ) -> tuple[Any, ParallelDims]:
     """Return the parallel model of a case, with the reference's values, and its meshes.
 
@@ -231,6 +234,8 @@ def build_case(
         activation_checkpoint=checkpoint_config(case.checkpointing),
         compile=compile_config(case),
         frozen=frozen,
+        float8=float8,
+        packs_frozen=packs_frozen,
     )
     materialise(model, "cpu" if case.offload else device_type, computes_on=device_type)
     if filled:

@@ -153,6 +153,64 @@ def _shared(degree: int, mode: str) -> tuple[str, str]:
     )
 
 
+def _float8(name: str, *more: str) -> BenchRow:
+    return BenchRow(
+        name=f"llama-1b-untied {name}",
+        gpus=1,
+        config_file="train_configs/llama3_1b.toml",
+        overrides=(
+            *_speed(4, "sdpa"),
+            "--model.hf_assets_path=scripts/bench/llama_1b_untied",
+            *more,
+        ),
+    )
+
+
+def _adapted_8b(name: str, *more: str) -> BenchRow:
+    return BenchRow(
+        name=f"llama-8b {name}",
+        gpus=1,
+        config_file="train_configs/llama3_8b.toml",
+        overrides=(
+            *_speed(4, "sdpa", seq_len=4096),
+            "--model.hf_assets_path=",
+            "--training.global_batch_size=-1",
+            "--adapter.kind=lora",
+            *more,
+        ),
+    )
+
+
+_OPERATIONS_SAVED = (
+    "--activation_checkpoint.mode=selective",
+    "--activation_checkpoint.selective_ac_option=op",
+)
+
+
+_PRECOMPUTED = "--objective.reference=precomputed"
+_TP2_OF_4 = (
+    "--parallelism.data_parallel_shard_degree=2",
+    "--parallelism.tensor_parallel_degree=2",
+)
+
+
+def _preference(name: str, *more: str, gpus: int = 1) -> BenchRow:
+    return BenchRow(
+        name=f"llama-1b DPO, {name}",
+        gpus=gpus,
+        config_file="train_configs/llama3_1b.toml",
+        overrides=(
+            *_speed(2, "cudnn", "python_stdlib_preference", seq_len=4096),
+            "--objective.name=dpo",
+            "--data.format=preference",
+            "--data.chat_template=tulu",
+            "--data.packing=best_fit",
+            "--data.long_document=drop",
+            *more,
+        ),
+    )
+
+
 SUITES: dict[str, tuple[BenchRow, ...]] = {
     "context-2gpu": (
         _long("FSDP2", "sdpa"),
@@ -213,6 +271,29 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
     "chats-1gpu": (
         _chats("packed chats, rows of 8192", 4, 8192, "best_fit"),
         _chats("padded chats, rows of 192", 170, 192, "none"),
+    ),
+    "float8-1gpu": (
+        _float8("bf16"),
+        _float8("float8 tensorwise", "--model.converters=float8"),
+        _float8(
+            "float8 rowwise",
+            "--model.converters=float8",
+            "--quantize.linear.float8.recipe_name=rowwise",
+        ),
+        _float8("bf16, 8-bit state", "--optimizer.name=AdamW8bit"),
+    ),
+    "lora-1gpu": (
+        _adapted_8b("LoRA"),
+        _adapted_8b("LoRA, selective op", *_OPERATIONS_SAVED),
+        _adapted_8b("QLoRA, selective op", *_OPERATIONS_SAVED, "--model.converters=nf4"),
+    ),
+    "preference-1gpu": (
+        _preference("reference online"),
+        _preference("reference precomputed", _PRECOMPUTED),
+    ),
+    "preference-4gpu": (
+        _preference("FSDP2 x TP2, reference online", *_TP2_OF_4, gpus=4),
+        _preference("FSDP2 x TP2, reference precomputed", *_TP2_OF_4, _PRECOMPUTED, gpus=4),
     ),
     "kernels-1gpu": (
         _kernels("compiled"),

@@ -16,7 +16,7 @@ class Case:
     """
 
     refused: str
-    """Options; `--section.key` is written `section.key`."""
+    """Options; `--section.key` is written `section.key`, further values of a list stand alone."""
 
     allowed: str
     world_size: int = 1
@@ -162,6 +162,53 @@ PREFERENCE_CASES = {
 }
 """By rule."""
 
+FLOAT8 = "model.converters=float8 quantize.linear.float8.emulate"
+GATHER = "quantize.linear.float8.enable_fsdp_float8_all_gather"
+FROZEN = "model.freeze=blocks:bottom:2"
+FOUR_BITS = f"model.converters=nf4 {FROZEN}"
+
+LOW_PRECISION_CASES = {
+    "converters_that_are_not_there": Case(
+        refused="model.converters=mx", allowed="quantize.linear.mx.recipe_name=mxfp8_emulated"
+    ),
+    "float8_and_four_bits": Case(
+        refused=f"model.converters float8 nf4 quantize.linear.float8.emulate {FROZEN}",
+        allowed=FOUR_BITS,
+    ),
+    "float8_on_a_device_without_it": Case(refused="model.converters=float8", allowed=FLOAT8),
+    "float8_beside_adapters": Case(refused=f"{FLOAT8} adapter.kind=lora", allowed=FLOAT8),
+    "float8_without_its_package": Case(
+        refused=FLOAT8, allowed=FLOAT8, facts={"missing": frozenset({"torchao"})}
+    ),
+    "float8_gathering_of_scaled_rows": Case(
+        refused=f"{FLOAT8} {GATHER} quantize.linear.float8.recipe_name=rowwise",
+        allowed=f"{FLOAT8} {GATHER} quantize.linear.float8.recipe_name=tensorwise",
+    ),
+    "eight_bit_state_without_its_package": Case(
+        refused="optimizer.name=AdamW8bit",
+        allowed="optimizer.name=AdamW8bit",
+        facts={"missing": frozenset({"torchao"})},
+    ),
+    "four_bits_where_nothing_is_frozen": Case(refused="model.converters=nf4", allowed=FOUR_BITS),
+    "four_bits_with_tensor_parallelism": Case(
+        refused=f"{FOUR_BITS} parallelism.tensor_parallel_degree=2",
+        allowed=f"{FOUR_BITS} parallelism.data_parallel_shard_degree=2",
+        world_size=2,
+    ),
+    "four_bits_in_host_memory": Case(
+        refused=f"{FOUR_BITS} training.enable_cpu_offload", allowed="training.enable_cpu_offload"
+    ),
+    "four_bits_that_stay_gathered": Case(
+        refused=f"{FOUR_BITS} parallelism.fsdp_reshard_after_forward=never",
+        allowed=f"{FOUR_BITS} parallelism.fsdp_reshard_after_forward=always",
+    ),
+    "four_bits_beside_a_whole_reference": Case(
+        refused=f"{FOUR_BITS} {PAIRS} objective.name=dpo",
+        allowed=f"model.converters=nf4 adapter.kind=lora {PAIRS} objective.name=dpo",
+    ),
+}
+"""By rule."""
+
 DROPPED = "adapter.kind=lora adapter.dropout=0.1"
 ADAPTER_CASES = {
     "training_state_of_a_run_without_the_adapters": Case(
@@ -176,4 +223,10 @@ ADAPTER_CASES = {
 }
 """By rule."""
 
-OTHER_CASES = {**BUDGET_CASES, **MODEL_CASES, **PREFERENCE_CASES, **ADAPTER_CASES}
+OTHER_CASES = {
+    **BUDGET_CASES,
+    **MODEL_CASES,
+    **PREFERENCE_CASES,
+    **ADAPTER_CASES,
+    **LOW_PRECISION_CASES,
+}

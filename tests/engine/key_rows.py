@@ -37,6 +37,7 @@ RECIPE = "engine/data/sources.py:_recipe"
 LOADER, PROFILING = "engine/data/loader.py:_batches", "engine/profiling.py:"
 CHECKPOINTED = "parallelisms/activation_checkpoint.py:checkpointed"
 MESH, APPLY = "parallelisms/mesh.py:ParallelDims.of", "parallelisms/apply.py:parallelize"
+SPLIT = "parallelisms/apply.py:_split_tensors"
 
 TRAIN = {
     **rows("engine/cli.py:load_config", job__print_config=True),
@@ -82,15 +83,15 @@ TRAIN = {
         objective__undesirable_weight=0.5,
     ),
     **rows(
-        f"{OPTIMIZER}build_optimizer",
+        f"{OPTIMIZER}_update_rule",
         optimizer__name="Adam",
         optimizer__lr=0.003,
         optimizer__beta1=0.8,
         optimizer__beta2=0.9,
         optimizer__eps=1e-6,
-        optimizer__weight_decay=0.02,
         optimizer__implementation="for-loop",
     ),
+    **rows(f"{OPTIMIZER}build_optimizer", optimizer__weight_decay=0.02),
     **rows(
         f"{SCHEDULE}phases",
         lr_scheduler__warmup_steps=2,
@@ -296,16 +297,12 @@ LAID_OUT = {
         parallelism__context_parallel_load_balancer=None,
         parallelism__tensor_parallel_degree=2,
     ),
-    **rows(
-        APPLY,
-        parallelism__context_parallel_mode="ring",
-        parallelism__sequence_parallel=False,
-        parallelism__disable_loss_parallel=True,
-    ),
+    **rows(SPLIT, parallelism__sequence_parallel=False, parallelism__disable_loss_parallel=True),
+    **rows(APPLY, parallelism__context_parallel_mode="ring"),
 }
 """The model laid out for the first of eight ranks."""
 
-OVERLAPPED = {**rows(APPLY, parallelism__enable_async_tensor_parallel=True)}
+OVERLAPPED = {**rows(SPLIT, parallelism__enable_async_tensor_parallel=True)}
 """The same for two ranks that have GPUs."""
 
 ON_CUDA = {
@@ -322,6 +319,20 @@ ON_CUDA = {
 }
 """Parts of a run that only GPUs or a second rank take."""
 
+LOW_PRECISION = {
+    **rows(
+        "engine/low_precision.py:float8_of",
+        model__converters=["float8"],
+        quantize__linear__float8__recipe_name="tensorwise",
+        quantize__linear__float8__enable_fsdp_float8_all_gather=True,
+        quantize__linear__float8__precompute_float8_dynamic_scale_for_fsdp=True,
+        quantize__linear__float8__filter_fqns=["mlp.gate"],
+        quantize__linear__float8__emulate=True,
+    ),
+    **rows("engine/low_precision.py:log_conversion", model__print_after_conversion=True),
+}
+"""A run with float8 layers."""
+
 RUNS = {
     "train": TRAIN,
     "resume": RESUME,
@@ -333,67 +344,6 @@ RUNS = {
     "compiled": COMPILED,
     "laid_out": LAID_OUT,
     "overlapped": OVERLAPPED,
+    "low_precision": LOW_PRECISION,
     "on_cuda": ON_CUDA,
 }
-
-READ_AS_TEXT = {"job.config_file", "job.custom_config_module"}
-"""Keys that `engine/cli.py` needs before there is a configuration."""
-
-REFUSED = {
-    "comm.mode": "fake_backend",
-    "experimental.custom_args_module": "own",
-    "optimizer.early_step_in_backward": True,
-    "parallelism.pipeline_parallel_degree": 2,
-    "parallelism.expert_parallel_degree": 2,
-    "parallelism.expert_tensor_parallel_degree": 2,
-    "checkpoint.initial_load_in_hf_quantized": True,
-    "model.converters": ["float8"],
-    "memory_estimation.enable": True,
-    "fault_tolerance.enable": True,
-}
-"""Keys of which every other value is a mistake."""
-
-WITHOUT_EFFECT = {
-    "no effect at pipeline degree 1": [
-        "parallelism.module_fqns_per_model_part",
-        "parallelism.pipeline_parallel_first_stage_less_layers",
-        "parallelism.pipeline_parallel_last_stage_less_layers",
-        "parallelism.pipeline_parallel_layers_per_stage",
-        "parallelism.pipeline_parallel_schedule",
-        "parallelism.pipeline_parallel_schedule_csv",
-        "parallelism.pipeline_parallel_microbatch_size",
-        "parallelism.pipeline_parallel_expert_parallel_overlap",
-    ],
-    "of no effect here": ["parallelism.context_parallel_rotate_method"],
-    "no effect at expert-parallel degree 1": ["parallelism.expert_parallel_comm_backend"],
-    "without the converter it does nothing": [
-        "quantize.linear.float8.enable_fsdp_float8_all_gather",
-        "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
-        "quantize.linear.float8.recipe_name",
-        "quantize.linear.float8.filter_fqns",
-        "quantize.linear.float8.emulate",
-        "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",
-        "quantize.linear.mx.recipe_name",
-        "quantize.linear.mx.filter_fqns",
-        "quantize.grouped_mm.float8.fqns",
-        "quantize.grouped_mm.mx.recipe_name",
-        "quantize.grouped_mm.mx.fqns",
-    ],
-    "without one it does nothing": ["model.print_after_conversion"],
-    "does nothing while `enable` is false": [
-        "memory_estimation.disable_fake_mode",
-        "fault_tolerance.process_group",
-        "fault_tolerance.process_group_timeout_ms",
-        "fault_tolerance.replica_id",
-        "fault_tolerance.group_size",
-        "fault_tolerance.min_replica_size",
-        "fault_tolerance.semi_sync_method",
-    ],
-    "accepted and ignored": ["checkpoint.enable_ft_dataloader_checkpoints"],
-    "accepted for files of torchtitan 0.2": [
-        "training.dataloader.persistent_workers",
-        "validation.dataloader.persistent_workers",
-    ],
-    "dense models ignore it": ["debug.moe_force_load_balance"],
-}
-"""Keys that nothing reads, by the words of their own sentence that say so."""

@@ -25,7 +25,8 @@ from engine.schema import leaves
 from models.layers.lora import adapted_linears
 from tests.engine import own_parts
 from tests.engine.config_spy import spying
-from tests.engine.key_rows import READ_AS_TEXT, REFUSED, RUNS, WITHOUT_EFFECT, Row
+from tests.engine.idle_keys import READ_AS_TEXT, REFUSED, WITHOUT_EFFECT
+from tests.engine.key_rows import RUNS, Row
 from tests.engine.key_runs import Seen, drive, placed, prepare, words
 
 SCHEMA = leaves(JobConfig)
@@ -106,6 +107,19 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
         == {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
         else []
     ),
+    "model.converters": lambda s: ["float8"] * len(s.spy.calls["convert_linears"]),
+    "model.print_after_conversion": lambda s: "Float8Linear(" in s.log,
+    "quantize.linear.float8.recipe_name": lambda s: s.last("convert_linears")["float8"].recipe,
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": lambda s: (
+        s.last("convert_linears")["float8"].gathers_float8
+    ),
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": lambda s: (
+        len(vars(s.run.trainer.optimizer)["_optimizer_step_post_hooks"]) == 1
+    ),
+    "quantize.linear.float8.filter_fqns": lambda s: list(
+        s.last("convert_linears")["float8"].left_out
+    ),
+    "quantize.linear.float8.emulate": lambda s: s.last("convert_linears")["float8"].emulates,
     "adapter.kind": lambda s: "dora" if adapted(s, "k_proj").lora_magnitude_vector else "lora",
     "adapter.name": lambda s: next(iter(adapted(s, "k_proj").scales)),
     "adapter.rank": lambda s: adapted(s, "k_proj").lora_A["own"].weight.shape[0],

@@ -25,6 +25,7 @@ WORLD_SIZES = {
     "llama3_1b": (1, 8),
     "llama3_8b": (8, 1024),
     "llama3_8b_sft": (8, 64),
+    "llama3_8b_qlora": (1, 8),
     "llama3_8b_128k": (8, 512),
     "llama3_70b": (64,),
     "llama3_405b": (512,),

@@ -1,0 +1,297 @@
+"""Float8 linear layers and 8-bit AdamW, through torchao: the only file that imports it.
+
+Checked with torchao 0.16 and 0.18. Four-bit weights, which do not need it, are `nf4.py`.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.optim import Optimizer
+
+from parallelisms.nf4 import NF4Weight, local_part
+from parallelisms.resolve import SPLIT_DIM, ResolvedPlan, block_linears
+
+Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+
+HARDWARE_MULTIPLE = 16
+"""What both sides of a matrix must be a multiple of for the GPU's float8 products."""
+
+STATE_BLOCK = 256
+"""Numbers of a row of optimizer state that share a scale. Source: arXiv:2110.02861 with the block
+of torchao and bitsandbytes."""
+
+MIN_STATE_SIZE = 4096
+"""Smaller parameters keep their state in 32 bits, as bitsandbytes does."""
+
+CODES, SCALES = "_codes", "_scales"
+
+
+# ---- float8 linear layers --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Float8:
+    """How the linear layers of the blocks are multiplied in float8."""
+
+    recipe: Recipe = "tensorwise"
+    """One scale a tensor, or one a row; `rowwise_with_gw_hp` keeps the weight gradient's product
+    in the usual precision."""
+
+    gathers_float8: bool = False
+    """FSDP gathers weights in float8; for the recipe tensorwise."""
+
+    precomputes_scales: bool = False
+    """The scales of what is gathered are computed at once, after an update."""
+
+    emulates: bool = False
+    """Round to float8 and multiply in the usual precision, on any device."""
+
+    pads_tokens: bool = False
+    """The tokens of a microbatch may be no multiple of 16, which products over them must be."""
+
+    left_out: tuple[str, ...] = ()
+    """Parts of names of modules to leave alone."""
+
+
+def convert_linears(
+    model: nn.Module, plan: ResolvedPlan, float8: Float8, *, tp: int
+) -> dict[str, str]:
+    """Replace the linear layers of the blocks of a meta model by float8 ones, in place.
+
+    Names, and the roles of tensor parallelism, stay. Returns the layers that stay as they are with
+    the reason. ValueError where no layer can be converted.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    settings = replace(
+        Float8LinearConfig.from_recipe_name(float8.recipe),
+        enable_fsdp_float8_all_gather=float8.gathers_float8,
+        emulate=float8.emulates,
+        pad_inner_dim=float8.pads_tokens and not float8.emulates,
+    )
+    inside = block_linears(model, plan.blocks)
+    left = {
+        name: reason
+        for name, module in inside.items()
+        if (reason := _reason(name, module, plan, float8, tp)) is not None
+    }
+    if len(left) == len(inside):
+        first = next((f"{name}: {reason}" for name, reason in left.items()), "there is none")
+        raise ValueError(
+            f'model.converters has "float8", and no linear layer of the blocks can be converted '
+            f"({first}); take it out"
+        )
+    convert_to_float8_training(
+        model,
+        module_filter_fn=lambda module, name: name in inside and name not in left,
+        config=settings,
+    )
+    others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in inside]
+    return left | dict.fromkeys(others, "it is outside the blocks, as the head is")
+
+
+def _reason(
+    name: str, module: nn.Linear, plan: ResolvedPlan, float8: Float8, tp: int
+) -> str | None:
+    """Say why a layer stays as it is, or None."""
+    if any(part in name for part in float8.left_out):
+        return "quantize.linear.float8.filter_fqns names it"
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__name__} computes its own product"
+    sizes = list(module.weight.shape)
+    split = SPLIT_DIM.get(plan.roles.get(name, "replicated"))
+    if split is not None:
+        sizes[split] //= tp
+    if any(size % HARDWARE_MULTIPLE for size in sizes):
+        return f"a rank's {sizes[0]} x {sizes[1]} weights are no multiples of {HARDWARE_MULTIPLE}"
+    return None
+
+
+def follow_weights(model: nn.Module, optimizer: Optimizer) -> None:
+    """Compute the float8 scales of all weights at once after each update, with one reduction."""
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    def compute(*_: object) -> None:
+        precompute_float8_dynamic_scale_for_fsdp(model)
+
+    optimizer.register_step_post_hook(compute)
+
+
+# ---- what is stored ----------------------------------------------------------------------------
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """Return the memory of a parameter as a plain tensor, laid out the same.
+
+    For float8 layers that is the weight in full precision; for four bits the packed rows.
+    """
+    return _with_local(tensor, lambda local: _plain(local, packed=True))
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """Return the values of a parameter as a plain tensor, laid out the same; four bits become a
+    copy of the parameter's dtype."""
+    return _with_local(tensor, lambda local: _plain(local, packed=False))
+
+
+def _plain(local: Tensor, *, packed: bool) -> Tensor:
+    if isinstance(local, NF4Weight):
+        return local.packed if packed else local.dequantised()
+    fsdp_utils = sys.modules.get("torchao.float8.fsdp_utils")
+    if fsdp_utils is not None and isinstance(local, fsdp_utils.WeightWithDynamicFloat8CastTensor):
+        return local._tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return local
+
+
+def _with_local(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    local = local_part(tensor)
+    changed = change(local)
+    if changed is local:
+        return tensor
+    if not isinstance(tensor, DTensor):
+        return changed
+    return _laid_out_as(tensor, changed, (*tensor.shape[:-1], changed.shape[-1]))
+
+
+def _laid_out_as(like: DTensor, local: Tensor, shape: tuple[int, ...]) -> DTensor:
+    """Wrap a rank's part of a matrix with as many rows as `like`, and split in the same places."""
+    stride = (shape[-1], 1) if len(shape) == 2 else like.stride()
+    # Not from_local, which moves memory in the host to the device of the mesh.
+    meta = TensorMeta(torch.Size(shape), stride, local.dtype)
+    spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
+    return DTensor(local, spec, requires_grad=False)
+
+
+def zeros_by_rows(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return zeros laid out as `like`, each row one number for several of its columns.
+
+    ValueError where a rank does not hold whole groups of columns.
+    """
+    local = local_part(like)
+    group = like.shape[-1] // shape[-1]
+    if local.shape[-1] % group:
+        raise ValueError(
+            f"a rank holds {local.shape[-1]} columns of a parameter whose optimizer state was "
+            f"saved in groups of {group}: 8-bit state cannot be cut there; keep "
+            "parallelism.tensor_parallel_degree, or leave the state out with "
+            "checkpoint.exclude_from_loading = ['optimizer']"
+        )
+    size = (*local.shape[:-1], local.shape[-1] // group)
+    zeros = torch.zeros(size, dtype=dtype, device=local.device)
+    return _laid_out_as(like, zeros, shape) if isinstance(like, DTensor) else zeros
+
+
+# ---- 8-bit AdamW --------------------------------------------------------------------------------
+
+
+class AdamW8bit(Optimizer):
+    """AdamW whose running means are bytes, with one scale for each 256 of a row.
+
+    Rules and tables are torchao's; the state is kept as plain tensors laid out as the parameters,
+    so that checkpoints hold it and other numbers of ranks can read it. A matrix is kept so where
+    each rank's rows are whole blocks, other state in 32 bits.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            # A tensor: a number would be a new program for every learning rate.
+            rate = torch.tensor(group["lr"], dtype=torch.float32)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                slots = self.state[parameter] or self._start(parameter)
+                slots["step"] += 1
+                values = local_part(full_precision(parameter.detach()))
+                if not values.numel():
+                    continue
+                means = (_mean(slots, name, is_signed) for name, is_signed in _MEANS)
+                # One program for each shape, and a model has more of them than the limit.
+                with torch._dynamo.utils.disable_cache_limit():
+                    _rule(values.device.type)(
+                        *(values, local_part(parameter.grad), slots["step"], *means, None, rate),
+                        *(*group["betas"], group["weight_decay"], group["eps"], True, False),
+                    )
+
+    def _start(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        slots: dict[str, Tensor] = {"step": torch.tensor(0.0)}
+        columns = parameter.shape[-1]
+        in_blocks = parameter.ndim == 2 and local_part(parameter).shape[-1] % STATE_BLOCK == 0
+        plain = full_precision(parameter.detach())
+        for name, _ in _MEANS:
+            if not in_blocks or parameter.numel() < MIN_STATE_SIZE:
+                slots[name] = torch.zeros_like(plain)
+                continue
+            slots[name + CODES] = torch.zeros_like(plain, dtype=torch.uint8)
+            shape = (parameter.shape[0], columns // STATE_BLOCK)
+            slots[name + SCALES] = zeros_by_rows(parameter, shape, torch.float32)
+        self.state[parameter] = slots
+        return slots
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over state as it is; the base class would turn bytes into the parameters' dtype."""
+        super().load_state_dict({**state_dict, "state": {}})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, slots in state_dict["state"].items():
+            self.state[parameters[number]] = dict(slots)
+
+
+def refuse_other_state(optimizer: Optimizer, names: Collection[str]) -> None:
+    """Raise ValueError where the state slots of a checkpoint are another optimizer's."""
+    has_codes = any(name.endswith(CODES) for name in names)
+    if has_codes and not isinstance(optimizer, AdamW8bit):
+        raise ValueError(
+            "the checkpoint's optimizer state is that of optimizer.name = 'AdamW8bit', this run's "
+            f"is of {type(optimizer).__name__}; set optimizer.name = 'AdamW8bit', or leave it out "
+            "with checkpoint.exclude_from_loading = ['optimizer']"
+        )
+
+
+_MEANS = (("exp_avg", True), ("exp_avg_sq", False))
+"""State slots of Adam, and whether the numbers have a sign."""
+
+
+def _mean(slots: Mapping[str, Tensor], name: str, is_signed: bool) -> Tensor:
+    """Return this rank's part of a running mean, as what torchao's rule reads and writes."""
+    if name in slots:
+        return local_part(slots[name])
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    codes, scales = local_part(slots[name + CODES]), local_part(slots[name + SCALES])
+    return OptimState8bit(codes, scales.view(-1), _table(is_signed, codes.device), is_signed)
+
+
+@lru_cache
+def _table(is_signed: bool, device: torch.device) -> Tensor:
+    """Return the 256 numbers that bytes stand for."""
+    from torchao.optim.quant_utils import create_dynamic_map
+
+    return torch.tensor(create_dynamic_map(signed=is_signed), device=device)
+
+
+@lru_cache
+def _rule(device_type: str) -> Callable[..., None]:
+    """Return torchao's update of one parameter; on GPUs one kernel for each shape."""
+    from torchao.optim.adam import single_param_adam
+
+    if device_type != "cuda":
+        return single_param_adam
+    return torch.compile(single_param_adam, fullgraph=True, dynamic=False)

@@ -1,0 +1,164 @@
+"""Float8 layers, emulated, and 8-bit optimizer state: layouts, checkpoints, closeness, sizes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from engine.optim import OptimizerConfig, build_optimizer
+from engine.verify.case import parse
+from engine.verify.parity import build_case, train
+from models.decoder import DecoderLM
+from parallelisms.low_precision import (
+    CODES,
+    AdamW8bit,
+    Float8,
+    convert_linears,
+    refuse_other_state,
+    zeros_by_rows,
+)
+from parallelisms.mesh import ParallelConfig, ParallelDims
+from parallelisms.resolve import resolve
+from scripts.check_config import fake_process_group
+from tests.models.tiny import worst_error
+from tests.parallelisms import low_precision_cases as cases
+from tests.ranks import RankPool
+
+pytest.importorskip("torchao")
+
+FLOAT8_BORDER = 2e-5  # a sum in another order may round to the next of the 8-bit numbers
+ROWWISE = Float8(recipe="rowwise", emulates=True)
+TENSORWISE = Float8(emulates=True)
+GATHERED = replace(TENSORWISE, gathers_float8=True)
+AHEAD = replace(GATHERED, precomputes_scales=True)
+
+
+def test_scaled_rows_give_the_same_step_in_every_layout(ranks: RankPool):
+    [(losses, expected)] = ranks(1, cases.float8_steps, "one", ROWWISE, 1)
+    for plan in ("fsdp2", "tp2", "tp2-no-sp"):
+        found = ranks(2, cases.float8_steps, plan, ROWWISE, 1)[0]
+        assert found[0] == pytest.approx(losses, rel=FLOAT8_BORDER)
+        assert worst_error(found[1], expected) < FLOAT8_BORDER
+
+
+def test_gathering_in_float8_changes_no_number_nor_do_scales_computed_ahead(ranks: RankPool):
+    # A rank scales its own tokens, so two ranks are as one that reads them one after the other.
+    [(losses, expected)] = ranks(1, cases.float8_steps, "one-accumulate2", TENSORWISE, 2)
+    for float8 in (TENSORWISE, GATHERED, AHEAD):
+        found = ranks(2, cases.float8_steps, "fsdp2", float8, 2)[0]
+        assert found[0] == pytest.approx(losses, rel=FLOAT8_BORDER)
+        assert worst_error(found[1], expected) < FLOAT8_BORDER
+
+
+def fp32_steps(rank: int, world_size: int, steps: int) -> list[float]:
+    model, dims = build_case(parse("one"), subject=cases.WIDE)
+    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(lr=1e-3))
+    losses = []
+    for _ in range(steps):
+        losses.append(train(model, dims, parse("one"), cases.WIDE))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def test_training_in_float8_stays_close_to_fp32(ranks: RankPool):
+    steps = 12
+    [expected] = ranks(1, fp32_steps, steps)
+    assert expected[-1] < 0.5 * expected[0]
+    for float8 in (TENSORWISE, ROWWISE):
+        [(losses, _)] = ranks(1, cases.float8_steps, "one", float8, steps)
+        assert losses[:3] == pytest.approx(expected[:3], rel=0.02)
+        assert losses == pytest.approx(expected, abs=0.1), "of 5.6 at first, 0.5 at last"
+        assert losses != pytest.approx(expected, rel=1e-6), "it did round"
+
+
+def convert(float8: Float8, *, tp: int = 1, **sizes: int) -> dict[str, str]:
+    """Convert the wide model on meta; return what stays as it is, without its layer's number."""
+    config = replace(cases.WIDE.config, num_layers=1, **sizes)
+    with torch.device("meta"):
+        model = DecoderLM(config)
+    plan = resolve(model, cases.WIDE.family.plan(config), ParallelDims.of(ParallelConfig(), 1))
+    left = convert_linears(model, plan, float8, tp=tp)
+    kinds = {name for name, m in model.named_modules() if type(m).__name__ == "Float8Linear"}
+    assert len(kinds) + len(left) == 8
+    return {name.rpartition(".")[2]: reason for name, reason in left.items()}
+
+
+def test_layers_that_cannot_be_float8_stay_with_a_reason():
+    outside = {"lm_head": "it is outside the blocks, as the head is"}
+    assert convert(ROWWISE) == outside
+    assert convert(ROWWISE, intermediate_size=248).keys() - outside == {
+        *("gate_proj", "up_proj", "down_proj")
+    }
+    # 32 rows of keys and values are 8 on each of four ranks.
+    left = convert(ROWWISE, tp=4)
+    assert left["k_proj"] == "a rank's 8 x 64 weights are no multiples of 16"
+    assert left.keys() - outside == {"k_proj", "v_proj"}
+    assert convert(replace(ROWWISE, left_out=("mlp",))).keys() - outside == {
+        *("gate_proj", "up_proj", "down_proj")
+    }
+    with pytest.raises(ValueError, match=r"float8(.|\n)*filter_fqns names it"):
+        convert(replace(ROWWISE, left_out=("layers",)))
+
+
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["float8", "nf4"])
+def test_a_resumed_run_goes_on_exactly_also_on_another_number_of_ranks(
+    kind: str, ranks: RankPool, tmp_path: Path
+):
+    expected = ranks(2, cases.save_steps, kind, tmp_path / "step", 3)[0]
+    assert equal(ranks(2, cases.save_steps, kind, tmp_path / "step", 3)[0], expected)
+    saved = ranks(2, cases.save_steps, kind, tmp_path / "step", 2)[0]
+    assert equal(ranks(1, cases.save_steps, kind, tmp_path / "step", 2)[0], saved)
+
+
+def noisy_losses(name: Literal["AdamW", "AdamW8bit"]) -> tuple[list[float], Optimizer]:
+    """Learn a noisy map from rows that are never seen again; return the loss of every step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 32), nn.GELU(), nn.Linear(32, 8))
+    teacher = nn.Linear(256, 8)
+    config = OptimizerConfig(name=name, lr=2e-3, weight_decay=0.1)
+    optimizer = build_optimizer(model.named_parameters(), config)
+    losses = []
+    for _ in range(300):
+        x_BD = torch.randn(64, 256)
+        y_BD = 2.0 * teacher(x_BD).detach() + torch.randn(64, 8)
+        loss = nn.functional.mse_loss(model(x_BD), y_BD)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, optimizer
+
+
+def test_eight_bit_state_follows_adamw_at_a_quarter_of_its_memory():
+    expected, _ = noisy_losses("AdamW")
+    losses, optimizer = noisy_losses("AdamW8bit")
+    assert sum(expected[-20:]) < 0.6 * sum(expected[:20])
+    assert losses == pytest.approx(expected, rel=0.01)
+    matrix, small = (optimizer.state[p] for p in optimizer.param_groups[0]["params"])
+    size = sum(slot.numel() * slot.element_size() for slot in matrix.values())
+    assert size / (256 * 32) < 2.2
+    assert set(small) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_state_that_another_optimizer_or_layout_cannot_read_is_refused():
+    parameter = nn.Parameter(torch.zeros(4, 512))
+    refuse_other_state(AdamW8bit([{"params": [parameter]}], lr=1.0, betas=(0.9, 0.9), eps=1.0), [])
+    with pytest.raises(ValueError, match=r"AdamW8bit(.|\n)*is of AdamW; set optimizer.name"):
+        refuse_other_state(torch.optim.AdamW([parameter]), ["exp_avg" + CODES])
+    assert zeros_by_rows(parameter, (4, 2), torch.float32).shape == (4, 2)
+    with fake_process_group(2):
+        mesh = init_device_mesh("cpu", (2,))
+        half = DTensor.from_local(torch.zeros(4, 384), mesh, (Shard(1),), run_check=False)
+        with pytest.raises(ValueError, match=r"a rank holds 384 columns(.|\n)*groups of 256"):
+            zeros_by_rows(half, (4, 3), torch.float32)
