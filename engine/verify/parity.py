@@ -17,7 +17,7 @@ from engine.data.batch import document_offsets
 from engine.neftune import EmbeddingNoise
 from engine.reference import AdaptersOff, ReferenceModel
 from engine.verify.case import Case
-from engine.verify.preference import OTHER_WEIGHTS, Judge, with_pairs
+from engine.verify.preference import Judge, of_reference, with_pairs
 from engine.verify.subject import TINY, Subject, adapters_of
 from models.adapters import adapt
 from models.decoder import DecoderConfig
@@ -156,7 +156,7 @@ def reference(
         with torch.device("meta"):
             other = subject.family.build(config)
         materialise(other, device_type)
-        fill(other, _values_to_compare_with(other, config, case))
+        fill(other, of_reference(start_values(other, config), case))
         judge = Judge(case, rows, alone, ReferenceModel(other))
         loss = judge.loss(lambda: forward(model, inputs, case), rows, 0)
     loss.backward()
@@ -269,16 +269,6 @@ def noise(
     return {"embedding_noise_BTD": draw(**mine, document_offsets=offsets, dims=dims)}
 
 
-def _values_to_compare_with(
-    model: nn.Module, config: DecoderConfig, case: Case
-) -> Callable[[str, tuple[slice, ...]], Tensor]:
-    """Draw the values of a reference: those of the base of adapters, or else other ones."""
-    draw = start_values(model, config)
-    if case.adapter != "none":
-        return draw
-    return lambda name, slices: OTHER_WEIGHTS * draw(name, slices)
-
-
 def _judge(
     model: nn.Module, rows: dict[str, Tensor], dims: ParallelDims, case: Case, subject: Subject
 ) -> Judge:
@@ -291,7 +281,7 @@ def _judge(
     other, _ = build_case(
         on_device, frozen=frozen, device_type=dims.device_type, subject=subject, dims=dims
     )
-    fill(other, _values_to_compare_with(other, config, case))
+    fill(other, of_reference(start_values(other, config), case))
     return Judge(case, rows, dims, ReferenceModel(other))
 
 
