@@ -107,6 +107,9 @@ class AdapterConfig(OneAdapterConfig):
     """What is trained: low-rank updates of the weights (lora), or these and the length of each row
     of the weights (dora); none trains the model itself."""
 
+    merge_export: bool = False
+    """Export a complete model with the adapters in its weights, in place of the adapters alone."""
+
     more: list[OneAdapterConfig] = field(default_factory=list[OneAdapterConfig])
     """Further adapters that are trained at once, `[[adapter.more]]`, each with a name of its own
     and the same keys; a linear that several target adds them all up."""

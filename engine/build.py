@@ -1,13 +1,13 @@
 """From a configuration to a run that is ready for its next step; one helper for each part."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.adapters import build_adapted, frozen_dtype, seed_dropout
 from engine.batches import (
@@ -35,6 +35,7 @@ from engine.model import Architecture, resolve_architecture
 from engine.neftune import EmbeddingNoise
 from engine.objectives import Objective
 from engine.optim import build_optimizer
+from engine.peft_io import read_adapters
 from engine.reference import (
     Policy,
     find_reference,
@@ -43,7 +44,7 @@ from engine.reference import (
 from engine.rules import model_needs
 from engine.run_folder import RunFolder
 from engine.stalls import HOST_SYNCS_OF_A_STEP, StallWatch
-from engine.start import build_checkpointer, fill_weights
+from engine.start import build_checkpointer, fill_weights, find_start
 from engine.step import Reference, Trainer
 from models.adapters import adapter_weights
 from models.flops import (
@@ -99,22 +100,22 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     agree_on_data(tokenizer, read)
     _log_work(config, dims, architecture)
 
-    model = _build_model(config, world, dims, architecture)
+    fingerprint = rows.fingerprint if rows else ""
+    checkpointer = build_checkpointer(config, dims, architecture, tokenizer, folder, fingerprint)
+    policy = Policy(config, dims, world.device, architecture, checkpointer)
+    start = find_start(config, checkpointer)
+    model, adapters = _build_model(policy, is_new=start.step is None)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     follow_updates(config, model, optimizer)
     state = TrainingState(
         model=model,
         optimizer=optimizer,
         counters=first_counters(),
-        data_fingerprint=rows.fingerprint if rows else "",
+        data_fingerprint=fingerprint,
     )
-    checkpointer = build_checkpointer(
-        config, dims, architecture, tokenizer, folder, state.data_fingerprint
-    )
-    policy = Policy(config, dims, world.device, architecture, checkpointer)
-    found = find_reference(policy, objective)
-    fill_weights(policy, state, found)
-    reference = open_reference(policy, found, read)
+    found = find_reference(policy, objective, start.base)
+    fill_weights(policy, state, start, found, adapters)
+    reference = open_reference(policy, found, read, model)
     meter = _build_meter(config, world, architecture, state)
     stalls = _build_stall_watch(config, architecture, world)
     return Run(
@@ -134,11 +135,14 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     )
 
 
-def _build_model(
-    config: JobConfig, world: World, dims: ParallelDims, architecture: Architecture
-) -> nn.Module:
-    """Return the parallel model, with memory for its parameters but without values."""
-    model, plan = build_adapted(architecture, config.adapter)
+def _build_model(policy: Policy, *, is_new: bool) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """Return the parallel model, with memory for its parameters but without values.
+
+    Also what the adapters of a new run start from, which are judged before there is such memory.
+    """
+    config, dims, device = policy.config, policy.dims, policy.device
+    model, plan = build_adapted(policy.architecture, config.adapter)
+    adapters = read_adapters(model, config, policy.architecture) if is_new else {}
     parallelize(
         model,
         plan,
@@ -153,9 +157,9 @@ def _build_model(
     )
     _log_frozen(model)
     log_conversion(config, model)
-    materialise(model, config.training.parameters_on(world.device), computes_on=world.device)
+    materialise(model, config.training.parameters_on(device), computes_on=device)
     seed_dropout(config.adapter, dims, config.debug.effective_seed)
-    return model
+    return model, adapters
 
 
 def _log_work(config: JobConfig, dims: ParallelDims, architecture: Architecture) -> None:

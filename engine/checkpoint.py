@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine import hf_io
 from engine.checkpoint_search import Source, initial_source, own_step, verify
 from engine.checkpoint_state import (
     COUNTERS_NAME,
@@ -29,6 +28,7 @@ from engine.checkpoint_state import (
     restore,
 )
 from engine.checkpoint_storage import HostCopies, RankGroup, write_tensors
+from engine.hf_io import HfAssets
 from engine.hf_weights import load_together
 from engine.manifest import (
     CheckpointError,
@@ -47,6 +47,7 @@ from engine.manifest import (
     steps_in,
     write_synced,
 )
+from engine.peft_export import export_trained, is_exported
 
 _SPARE_BYTES = 64 * 2**20
 _MODEL_PARTS: frozenset[Part] = frozenset({"model"})
@@ -91,7 +92,8 @@ class CheckpointConfig:
     """The save after the last step holds the parameters alone; a run cannot be resumed from it."""
 
     last_save_in_hf: bool = False
-    """After the last step, also write a complete Hugging Face folder `hf` in the run folder."""
+    """After the last step, also write a complete Hugging Face folder `hf` in the run folder, or one
+    that PEFT loads where adapters are trained and not merged (adapter.merge_export)."""
 
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """Number format of the last model-only save and of the Hugging Face folder."""
@@ -162,7 +164,7 @@ class Checkpointer:
         folder: Path,
         *,
         files: Mapping[str, bytes],
-        hf: hf_io.HfAssets | None = None,
+        hf: HfAssets | None = None,
         hf_folder: Path | None = None,
         hook: FaultHook = no_fault,
     ) -> None:
@@ -239,14 +241,14 @@ class Checkpointer:
         """Export now if the last save should have and was cut off before it could."""
         config = self._config
         wanted = config.enable and config.last_save_in_hf and not config.load_only
-        if wanted and not self._ranks.on_first((self._hf_folder / "config.json").is_file):
+        if wanted and not self._ranks.on_first(lambda: is_exported(self._hf_folder)):
             self._export(state)
 
     def _export(self, state: TrainingState) -> None:
         assert self._hf is not None, "last_save_in_hf comes with the model's Hugging Face assets"
         dtype, target = self._config.dtype, self._hf_folder
         try:
-            hf_io.export(state.model, target, self._hf, dtype=dtype, ranks=self._ranks)
+            export_trained(state.model, target, self._hf, dtype=dtype, ranks=self._ranks)
         except OSError as error:
             raise CheckpointError(
                 f"exporting to {target} failed: {error}. The checkpoints are untouched; "
@@ -391,5 +393,6 @@ class Checkpointer:
         parts = _MODEL_PARTS if source.only_model else frozenset(PARTS) - excluded
         if state.optimizer is None:
             parts -= {"optimizer"}
-        restore(state, source.path, self._ranks, parts=parts, widen=source.only_model)
+        beside = {"widen": source.only_model, "only_base": source.kind == "initial"}
+        restore(state, source.path, self._ranks, parts=parts, **beside)
         return source.step if "train_state" in parts else 0

@@ -67,6 +67,17 @@ CHECKPOINT_RULES = (
         remedy="load an earlier step, or raise training.steps",
     ),
     Rule(
+        id="training_state_of_a_run_without_the_adapters",
+        keys=("checkpoint.initial_load_model_only", "adapter.kind"),
+        applies=lambda f: (
+            f.config.checkpoint.enable
+            and not f.config.checkpoint.initial_load_model_only
+            and bool(f.config.adapter.specs)
+        ),
+        reason="new adapters stand beside the parameters there, whose optimizer is not theirs",
+        remedy="set checkpoint.initial_load_model_only = true",
+    ),
+    Rule(
         id="initial_checkpoint_that_does_not_exist",
         keys=("checkpoint.initial_load_path",),
         applies=lambda f: (

@@ -1,5 +1,6 @@
 """What a checkpoint holds, as named tensors: parameters, optimizer state, random generators.
 
+Of a model with adapters these alone: its base stays where it came from, which `counters.json` says.
 Keys of the tensors: a parameter has its own name (which is the Hugging Face one), optimizer state
 is `optimizer.<parameter>.<slot>`, the generators of a rank are `rng.<rank>`. Counters lie beside
 them in `counters.json`. The learning rate is a function of the step, so it is not stored.
@@ -53,7 +54,10 @@ class TrainingState:
     """What `rows_consumed` counts in; a full load refuses a cursor into other data."""
 
     reference: dict[str, str] = field(default_factory=dict[str, str])
-    """What answers are compared with, as `reference.py` tells one from another; empty: nothing."""
+    """What answers are compared with, as `origin.py` tells one from another; empty: nothing."""
+
+    base: dict[str, str] = field(default_factory=dict[str, str])
+    """What adapters stand beside, told apart likewise; empty: all parameters are trained."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -73,23 +77,24 @@ def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if adapter_of(name) is None}
 
 
-def holds_adapters(folder: Path) -> bool:
-    """Say whether a checkpoint has parameters of adapters."""
-    return any(adapter_of(name) for name in read_metadata(folder).state_dict_metadata)
+def kept_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of a model: adapters where there are some, else all."""
+    adapters = {n: tensor for n, tensor in tensors.items() if adapter_of(n) is not None}
+    return adapters or dict(tensors)
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in model_tensors(model).items()}
 
 
-def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the memory of a model's tensors: float8 layers in full, four bits as they are."""
-    return {name: stored(tensor.detach()) for name, tensor in model_tensors(model).items()}
+    return {name: stored(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def collect(state: TrainingState, rank: int) -> dict[str, Tensor]:
     """Return the tensors of a full checkpoint, as views of what training uses."""
-    tensors = _stored_tensors(state.model)
+    tensors = _stored(kept_tensors(model_tensors(state.model)))
     if state.optimizer is not None:
         names = _parameter_names(state.model)
         for parameter, slots in state.optimizer.state.items():
@@ -101,10 +106,9 @@ def collect(state: TrainingState, rank: int) -> dict[str, Tensor]:
 
 
 def collect_model(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the model's tensors alone, floating-point ones as `dtype`."""
-    values = {
-        name: full_precision(tensor.detach()) for name, tensor in model_tensors(model).items()
-    }
+    """Return what is kept of the model alone, floating-point tensors as `dtype`."""
+    kept = kept_tensors(model_tensors(model))
+    values = {name: full_precision(tensor.detach()) for name, tensor in kept.items()}
     return {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in values.items()
@@ -122,19 +126,28 @@ def encode_counters(state: TrainingState) -> bytes:
         "counters": state.counters,
         "data_fingerprint": state.data_fingerprint,
         "reference": state.reference,
+        "base": state.base,
     }
     return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
-def saved_reference(folder: Path) -> dict[str, str]:
-    """Return `TrainingState.reference` as a checkpoint has it, empty where it has none."""
-    return json.loads((folder / COUNTERS_NAME).read_text()).get("reference", {})
+def saved_identity(folder: Path, name: Literal["reference", "base"]) -> dict[str, str]:
+    """Return that field of `TrainingState` as a checkpoint has it, empty where it has none."""
+    return json.loads((folder / COUNTERS_NAME).read_text()).get(name, {})
 
 
 def restore(
-    state: TrainingState, folder: Path, ranks: RankGroup, *, parts: Collection[Part], widen: bool
+    state: TrainingState,
+    folder: Path,
+    ranks: RankGroup,
+    *,
+    parts: Collection[Part],
+    widen: bool,
+    only_base: bool = False,
 ) -> None:
     """Load the named parts of a verified checkpoint folder into `state`, in place.
+
+    Of the model that is what a checkpoint of it would hold, or with `only_base` all but adapters.
 
     A checkpoint of another model, shape or dtype is a ValueError that lists the keys, before
     anything is changed; `widen` allows 16-bit parameters in the file for 32-bit ones in memory.
@@ -144,9 +157,8 @@ def restore(
     counters = _read_counters(state, folder, parts)
     tensors: dict[str, Tensor] = {}
     if "model" in parts:
-        tensors = _stored_tensors(state.model)
-        if "optimizer" not in parts and not holds_adapters(folder):
-            tensors = base_tensors(tensors)  # new adapters beside a base that was trained before
+        whole = model_tensors(state.model)
+        tensors = _stored(base_tensors(whole) if only_base else kept_tensors(whole))
         refuse_other_model(tensors, metadata, folder, widen=widen)
     slots = _optimizer_slots(state, metadata) if "optimizer" in parts else {}
     for name, parameter_slots in slots.items():
@@ -205,6 +217,12 @@ def refuse_other_model(
         if isinstance(entry, TensorStorageMetadata)
         and not name.startswith((_OPTIMIZER_PREFIX, _RNG_PREFIX))
     }
+    if any(map(adapter_of, stored)) and not any(map(adapter_of, tensors)):
+        raise ValueError(
+            f"{folder} holds adapters alone, without the model that they adapt; write both as one "
+            "with scripts/convert_dcp_to_hf.py --merge and start from that folder, or go on "
+            "training the adapters from their own folder, through adapter.path"
+        )
     complaints: list[str] = []
     if missing := tensors.keys() - stored.keys():
         complaints.append(f"the checkpoint lacks {list_names(missing)}")

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import Buffer
 
-from engine.checkpoint_state import model_tensors
+from engine.checkpoint_state import base_tensors, model_tensors
 from engine.checkpoint_storage import RankGroup
 from engine.hf_weights import INDEX_NAME, SINGLE_NAME
 from engine.manifest import refuse_small_disk, set_aside, sync_folder, write_synced
+from models.adapters import AdapterSpec
+from models.layers.lora import PARTS, LoRALinear, LowRank, adapted_linears, merged_weight
 from models.weights import KeyMap
 from parallelisms.low_precision import full_precision
 
@@ -32,6 +34,18 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 _FORMAT_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterAssets:
+    """What an export says of adapters."""
+
+    specs: Sequence[AdapterSpec]
+    base: str
+    """Hugging Face folder of the model that they adapt; empty where it has none."""
+
+    merge: bool
+    """Export a complete model with the adapters in its weights, not the adapters alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +63,9 @@ class HfAssets:
 
     generation_config: Mapping[str, object] = field(default_factory=dict[str, object])
     """Content of generation_config.json; empty: the special tokens of `config`."""
+
+    adapters: AdapterAssets | None = None
+    """Where adapters are trained."""
 
 
 def read_hf_config(folder: Path | str) -> dict[str, object]:
@@ -82,10 +99,11 @@ def export(
 ) -> None:
     """Write a complete Hugging Face folder, in place of what was there, in one rename at the end.
 
-    Every rank must call this: tensors are gathered one by one, rank 0 writes them. A failure to
-    write is raised on every rank and leaves the old folder as it was.
+    Adapters are merged into the weights. Every rank must call this: tensors are gathered one by
+    one, rank 0 writes them. A failure to write is raised on every rank and leaves the old folder as
+    it was.
     """
-    tensors = model_tensors(model)
+    tensors, adapted = base_tensors(model_tensors(model)), dict(adapted_linears(model))
     shapes = assets.key_map.shapes({name: tuple(t.shape) for name, t in tensors.items()})
     group = RankGroup() if ranks is None else ranks
     writer = FolderWriter(folder, shapes, dtype, max_shard_bytes=max_shard_bytes)
@@ -95,7 +113,7 @@ def export(
         for name, parts in assets.key_map.parts(tensors).items():
             # The others wait for rank 0's disk here, where no short timeout of training counts.
             group.together(partial(_raise, failure))
-            whole = [_whole(tensors[part].detach().to(dtype)) for part in parts]
+            whole = [_merged(part, tensors[part], adapted, dtype) for part in parts]
             if group.rank == 0:
                 try:
                     writer.add(name, join(whole))
@@ -120,7 +138,34 @@ def _raise(failure: Exception | None) -> None:
         raise failure
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _merged(
+    name: str, tensor: Tensor, adapted: Mapping[str, LoRALinear], dtype: torch.dtype
+) -> Tensor:
+    """Gather a parameter as `dtype`, with its adapters; every rank of its mesh must call this."""
+    module, _, kind = name.rpartition(".")
+    if module not in adapted or kind != "weight":
+        return whole(tensor.detach().to(dtype))
+    adapters = low_ranks(adapted[module], lambda _, parameter: whole(parameter.detach()))
+    wide = torch.promote_types(tensor.dtype, dtype)
+    return merged_weight(whole(tensor.detach()).to(wide), adapters).to(dtype)
+
+
+def low_ranks(linear: LoRALinear, read: Callable[[str, Tensor], Tensor]) -> list[LowRank]:
+    """Return the adapters of a layer, of which `read(name in the layer, parameter)` gives each."""
+    found: list[LowRank] = []
+    for name, scale in linear.scales.items():
+        a, b, magnitude = (
+            read(f"{part}.{name}.weight", getattr(linear, part)[name].weight)
+            if name in getattr(linear, part)
+            else None
+            for part in PARTS
+        )
+        assert a is not None and b is not None, "an adapter has both"
+        found.append(LowRank(a=a, b=b, scale=scale, magnitude=magnitude))
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
     """Gather a tensor of any layout; every rank of its mesh must call this."""
     tensor = full_precision(tensor)
     if not isinstance(tensor, DTensor):

@@ -20,6 +20,7 @@ from engine.health import GarbageCollector, SignalWatcher
 from engine.logging import Output, environment_report, start_logging
 from engine.memory import MemoryWatch
 from engine.metrics import perplexity
+from engine.peft_export import is_exported
 from engine.profiling import Profiler
 from engine.run_folder import Difference, RunFolder, unwritable
 from engine.schedule import lr_factor, set_learning_rate, shortening
@@ -263,5 +264,7 @@ def _say_what_next(run: Run) -> None:
         print(f"  go on:       torchrun --nproc_per_node={run.world.size} {command}")
     if config.metrics.enable_tensorboard:
         print(f"  curves:      tensorboard --logdir {folder.path / config.metrics.save_tb_folder}")
-    if (folder.hf / "config.json").is_file():
+    adapters, in_hf = config.adapter.specs, config.checkpoint.initial_load_in_hf
+    is_usable = not adapters or config.adapter.merge_export or (len(adapters) == 1 and in_hf)
+    if is_exported(folder.hf) and is_usable:
         print(f'  complete:    python scripts/generate.py --model {folder.hf} --prompt "def "')

@@ -75,6 +75,15 @@ PREFERENCE_RULES = (
         remedy="read a data set of preferences, such as python_stdlib_preference",
     ),
     Rule(
+        id="adapters_off_without_adapters",
+        keys=("objective.reference", "adapter.kind"),
+        applies=lambda f: (
+            f.config.objective.reference == "adapters_off" and not f.config.adapter.specs
+        ),
+        reason="there are no adapters to switch off",
+        remedy="set objective.reference = 'online' or 'precomputed', or train adapters",
+    ),
+    Rule(
         id="reference_that_does_not_exist",
         keys=("objective.reference_path",),
         applies=has_no_reference,

@@ -1,13 +1,13 @@
-"""The reference model of preference objectives: frozen, on the policy's plan, or asked only once.
+"""The reference model of preference objectives: on the policy's plan, itself, or asked only once.
 
-What it is asked for are the log-probabilities of whole answers. They are the same whether it reads
-every microbatch or all pairs before training, when a file in the cache folder keeps them.
+What it is asked for are the log-probabilities of whole answers. They are the same whether a frozen
+second model reads every microbatch, or the policy without its adapters, or whether all pairs are
+read before training, when a file in the cache folder keeps them.
 """
 
-import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,24 +17,27 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from engine.adapters import AdapterConfig, build_adapted, fill_adapters
 from engine.batches import token_rows
 from engine.checkpoint import Checkpointer, TrainingState
-from engine.checkpoint_search import Source, initial_source
-from engine.checkpoint_state import saved_reference
+from engine.checkpoint_search import Source
+from engine.checkpoint_state import saved_identity
 from engine.checkpoint_storage import RankGroup
 from engine.config import JobConfig
 from engine.data.batch import Batch
-from engine.data.cache import build_once, cache_root, digest_of, file_digest, is_complete
+from engine.data.cache import build_once, cache_root, digest_of, is_complete
 from engine.data.loader import DataloaderConfig, validation_batches
 from engine.data.rows import RowSource, TokenRows
-from engine.hf_weights import INDEX_NAME, has_weights
+from engine.hf_weights import has_weights
 from engine.low_precision import float8_of
-from engine.manifest import read_manifest
 from engine.model import Architecture
 from engine.objectives import Objective
 from engine.objectives import SequenceSum as SumOfSequence
 from engine.objectives._answers import answers_of
+from engine.origin import LAYOUT, Origin, find_origin, source_of, start_source, text_of
+from engine.peft_io import fill_from, read_adapters
 from engine.step import Reference, local_tokens, model_inputs
+from models.layers.lora import adapters_disabled
 from parallelisms.activation_checkpoint import ActivationCheckpointConfig
 from parallelisms.apply import parallelize
 from parallelisms.collectives import SequenceSum, sum_over
@@ -44,7 +47,6 @@ from parallelisms.mesh import ParallelDims
 
 log = logging.getLogger("tessera")
 
-LAYOUT = 1
 FILE_NAME = "logps.npy"
 
 
@@ -57,16 +59,33 @@ class ReferenceModel:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
-    @torch.no_grad()
     def __call__(self, batch: Batch, sequence_sum: SumOfSequence) -> Batch:
         """Return this rank's part of a microbatch with `reference_logps_BP2`.
 
         Every rank must call this with its part of the same microbatches.
         """
-        logps_BT = self._model(batch.tokens_BT, **model_inputs(batch))
+        answered = _answered(self._model, batch, sequence_sum)
         reshard(self._model)
-        answers = answers_of(logps_BT, batch, sequence_sum)
-        return replace(batch, reference_logps_BP2=answers.logps_BP2)
+        return answered
+
+
+class AdaptersOff:
+    """Gives a microbatch what the model that is trained makes of its answers without adapters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self, batch: Batch, sequence_sum: SumOfSequence) -> Batch:
+        """As that of `ReferenceModel`; what stays gathered is wanted by the next forward pass."""
+        with adapters_disabled(self._model):
+            return _answered(self._model, batch, sequence_sum)
+
+
+@torch.no_grad()
+def _answered(model: nn.Module, batch: Batch, sequence_sum: SumOfSequence) -> Batch:
+    logps_BT = model(batch.tokens_BT, **model_inputs(batch))
+    answers = answers_of(logps_BT, batch, sequence_sum)
+    return replace(batch, reference_logps_BP2=answers.logps_BP2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,60 +115,48 @@ class Policy:
     checkpointer: Checkpointer
     """Loads weights; its own steps are not looked at."""
 
-    @property
-    def start(self) -> str | None:
-        """Folder that the run starts from; none where it has initial values."""
-        section, assets = self.config.checkpoint, self.config.model.hf_assets_path
-        if not section.enable:
-            return None
-        return section.initial_load_path or (assets if section.initial_load_in_hf else None)
 
+def find_reference(policy: Policy, objective: Objective, base: Origin | None) -> Origin | None:
+    """Return where the reference of a run is from, None where its objective uses none.
 
-@dataclass(frozen=True, slots=True)
-class FoundReference:
-    """A reference of which nothing is loaded yet."""
-
-    source: Source | None
-    """Where its weights are; None: they are the initial values of the run."""
-
-    name: str
-    """The same in words."""
-
-    weights: str
-    """Digest of its weights."""
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """What a checkpoint keeps of it."""
-        return {"name": self.name, "weights": self.weights}
-
-
-def find_reference(policy: Policy, objective: Objective) -> FoundReference | None:
-    """Return the reference of a run, None where its objective uses none.
-
-    Every rank must call this; the first one reads the files.
+    `base` is what adapters stand beside, where they are trained. Every rank must call this; the
+    first one reads the files.
     """
     if not objective.uses_reference:
         return None
-    config, source = policy.config, reference_source(policy)
-    seed, allowed = config.debug.effective_seed, config.checkpoint.initial_load_allow
-    drawn: dict[str, object] = {}
-    if source is None or allowed:
-        drawn = {"seed": seed, "anew": allowed if source else []}
-    root = cache_root(config.data.cache_folder)
-    ranks = RankGroup()
-    try:
-        weights = ranks.on_first(lambda: weights_digest(source, drawn, root))
-    finally:
-        ranks.close()
-    name = str(source.path.absolute()) if source else f"initial values, seed {seed}"
-    log.info("reference model: %s, %s", name, config.objective.reference)
-    return FoundReference(source, name, weights)
+    config, kind = policy.config, reference_kind(policy.config)
+    if kind == "adapters_off":
+        assert base is not None, "there are adapters to switch off"
+        found = base
+    else:
+        found = find_origin(config, reference_source(config), adapters=_start_adapters(config))
+    log.info("reference model: %s, %s", found.name, kind)
+    return found
 
 
-def refuse_other_reference(found: FoundReference | None, config: JobConfig, own: Source) -> None:
+def reference_kind(config: JobConfig) -> str:
+    """Return the value of `objective.reference` in force.
+
+    By itself a model with adapters is compared with itself without them where that is what it
+    starts from: without adapters from a folder, and without another reference.
+    """
+    chosen = config.objective.reference
+    if chosen != "auto":
+        return chosen
+    starts_elsewhere = config.objective.reference_path or _start_adapters(config)
+    return "adapters_off" if config.adapter.specs and not starts_elsewhere else "online"
+
+
+def _start_adapters(config: JobConfig) -> list[str]:
+    """Return the folders of the adapters that the reference has as the run starts with them."""
+    if config.objective.reference_path:
+        return []
+    return [one.path for one in config.adapter.all if one.path]
+
+
+def refuse_other_reference(found: Origin | None, config: JobConfig, own: Source) -> None:
     """Raise ValueError where a step of this run was trained against another reference."""
-    saved = saved_reference(own.path)
+    saved = saved_identity(own.path, "reference")
     if found is None or not saved or saved["weights"] == found.weights:
         return
     raise ValueError(
@@ -162,16 +169,20 @@ def refuse_other_reference(found: FoundReference | None, config: JobConfig, own:
 
 
 def open_reference(
-    policy: Policy, found: FoundReference | None, read: Sequence[RowSource]
+    policy: Policy, found: Origin | None, read: Sequence[RowSource], model: nn.Module
 ) -> Reference | None:
     """Return what a step asks, or give all rows that are `read` the answers and return None.
 
-    None too where there is no reference. Every rank must call this.
+    None too where there is no reference. `model` is the one that is trained. Every rank must call
+    this.
     """
     if found is None:
         return None
     config, architecture = policy.config, policy.architecture
-    if config.objective.reference == "online":
+    kind = reference_kind(config)
+    if kind == "adapters_off":
+        return AdaptersOff(model)
+    if kind == "online":
         return ReferenceModel(build_reference(policy, found.source))
     facts = {
         "architecture": architecture.family.config_to_hf(architecture.config),
@@ -181,7 +192,7 @@ def open_reference(
         dims=policy.dims,
         device=policy.device,
         root=cache_root(config.data.cache_folder),
-        reference=digest_of(LAYOUT, found.weights, _text(facts)),
+        reference=digest_of(LAYOUT, found.weights, text_of(facts)),
         local_batch_size=config.training.local_batch_size,
         pad_to_multiple=config.parallelism.token_multiple,
     )
@@ -197,10 +208,13 @@ def build_reference(policy: Policy, source: Source | None) -> nn.Module:
     """
     config = policy.config
     dtype = getattr(torch, config.training.mixed_precision_param)
-    model = policy.architecture.build_meta()
+    is_adapted = bool(_start_adapters(config))
+    section = config.adapter if is_adapted else AdapterConfig()
+    model, plan = build_adapted(policy.architecture, section)
+    adapters = read_adapters(model, config, policy.architecture) if is_adapted else {}
     parallelize(
         model,
-        policy.architecture.plan,
+        plan,
         policy.dims,
         parallel=replace(config.parallelism, fsdp_reshard_after_forward="always"),
         precision=PrecisionConfig(
@@ -221,48 +235,22 @@ def build_reference(policy: Policy, source: Source | None) -> nn.Module:
     if source is not None:
         state = TrainingState(model=model, optimizer=None, counters={}, data_fingerprint="")
         policy.checkpointer.load(state, source)
+    if is_adapted:
+        fill_adapters(model, seed=seed)
+        fill_from(model, adapters)
     return model.eval()
 
 
-def reference_source(policy: Policy) -> Source | None:
+def reference_source(config: JobConfig) -> Source | None:
     """Return where the reference's weights are; None means the initial values of the run.
 
     That is `objective.reference_path`, or what the run itself starts from, also when it is resumed.
     Every rank must call this.
     """
-    named, key = policy.config.objective.reference_path, "checkpoint.initial_load_path"
-    folder, in_hf = policy.start, policy.config.checkpoint.initial_load_in_hf
-    if named:
-        folder, key = named, "objective.reference_path"
-    if not folder:
-        return None
-    path, ranks = Path(folder).expanduser(), RankGroup()
-    if named:
-        in_hf = has_weights(path)
-    try:
-        return initial_source(path, ranks, in_hf=in_hf, only_model=True, key=key)
-    finally:
-        ranks.close()
-
-
-def weights_digest(source: Source | None, drawn: Mapping[str, object], root: Path) -> str:
-    """Return the digest of a reference's weights: of its files, and of what draws the others.
-
-    A step's manifest has the digests of its files; those of a Hugging Face folder are read, large
-    ones once for a cache folder `root`.
-    """
-    content: list[list[str]] = []
-    if source is not None and source.kind == "hf":
-        files = [*sorted(source.path.glob("*.safetensors")), source.path / INDEX_NAME]
-        content = [[path.name, file_digest(path, root)] for path in files if path.is_file()]
-    elif source is not None:
-        files = read_manifest(source.path).files
-        content = [[name, files[name].digest] for name in sorted(files)]
-    return digest_of(LAYOUT, content, _text(drawn))
-
-
-def _text(facts: Mapping[str, object]) -> str:
-    return json.dumps(facts, sort_keys=True, default=str)
+    if not (named := config.objective.reference_path):
+        return start_source(config)
+    path = Path(named).expanduser()
+    return source_of(path, in_hf=has_weights(path), key="objective.reference_path")
 
 
 def prepare(

@@ -1,28 +1,32 @@
 """Where a run's weights come from and where its checkpoints go.
 
-Both are decided once its model is laid out; reading and writing are `checkpoint.py`'s.
+Both are decided before its model is laid out; reading and writing are `checkpoint.py`'s.
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.adapters import fill_adapters
 from engine.checkpoint import CheckpointConfig, Checkpointer, TrainingState
-from engine.checkpoint_state import holds_adapters
+from engine.checkpoint_search import Source
+from engine.checkpoint_state import saved_identity
 from engine.cli import to_toml
 from engine.config import JobConfig
 from engine.data.chat_templates import template_text
 from engine.data.config import CHAT_FORMATS
 from engine.data.tokenizer import Tokenizer
-from engine.hf_io import HfAssets, read_generation_config
+from engine.hf_io import AdapterAssets, HfAssets, read_generation_config
 from engine.model import Architecture
+from engine.origin import Origin, find_origin, start_folder, start_source
+from engine.peft_io import fill_from
 from engine.provenance import checkpoint_files
-from engine.reference import FoundReference, Policy, refuse_other_reference
+from engine.reference import Policy, refuse_other_reference
 from engine.run_folder import RunFolder
 from parallelisms.materialise import fill
 from parallelisms.mesh import ParallelDims
@@ -48,6 +52,7 @@ def build_checkpointer(
             tokenizer.save, chat_template=template_text(config.data.chat_template)
         ),
         generation_config=_generation_config(config, tokenizer, hf_config),
+        adapters=_adapter_assets(config),
     )
     facts = {"data_fingerprint": data_fingerprint, "ranks": dims.describe()}
     dtype = getattr(torch, config.checkpoint.export_dtype)
@@ -55,6 +60,19 @@ def build_checkpointer(
     return Checkpointer(
         _checkpoint_section(config), folder.checkpoints, files=files, hf=assets, hf_folder=folder.hf
     )
+
+
+def _adapter_assets(config: JobConfig) -> AdapterAssets | None:
+    if not config.adapter.specs:
+        return None
+    folder = start_folder(config) if config.checkpoint.initial_load_in_hf else None
+    base = str(Path(folder).expanduser().absolute()) if folder else ""
+    if config.checkpoint.last_save_in_hf and not (base or config.adapter.merge_export):
+        log.warning(
+            "the exported adapters will name no base, since the run begins with no Hugging Face "
+            "folder: adapter.merge_export = true exports a whole model"
+        )
+    return AdapterAssets(specs=config.adapter.specs, base=base, merge=config.adapter.merge_export)
 
 
 def _checkpoint_section(config: JobConfig) -> CheckpointConfig:
@@ -88,24 +106,87 @@ def _generation_config(
     return {**found, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
-def fill_weights(policy: Policy, state: TrainingState, reference: FoundReference | None) -> None:
-    """Give the parameters their values: from a checkpoint where there is one, else initial ones."""
-    state.reference = reference.identity if reference else {}
-    config, checkpointer, section = policy.config, policy.checkpointer, policy.config.checkpoint
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """Where a run's values come from, before any is loaded."""
+
+    found: Source | None
+    """A step of this run, or what it starts from; None: initial values."""
+
+    base: Origin | None
+    """What adapters stand beside; None where the model itself is trained."""
+
+    @property
+    def step(self) -> Source | None:
+        """The step of this run that it goes on from."""
+        return self.found if self.found is not None and self.found.kind == "resume" else None
+
+    @property
+    def weights(self) -> Source | None:
+        """Where all parameters but adapters are; None: they have initial values."""
+        return self.found if self.base is None else self.base.source
+
+
+def find_start(config: JobConfig, checkpointer: Checkpointer) -> Start:
+    """Return what a run starts from. Every rank must call this.
+
+    A step of adapters whose base is another one is a ValueError.
+    """
+    section = config.checkpoint
     for key in ("initial_load_path", "initial_load_in_hf"):
         if getattr(section, key) and not section.enable:
             log.warning("checkpoint.%s has no effect: checkpoint.enable = false", key)
-    source = checkpointer.find(only_model=config.validation.only)
-    if source is None or section.initial_load_allow:
-        log.info("starting from initial values, seed %d", config.debug.effective_seed)
-        draw = policy.architecture.initial_values(state.model, seed=config.debug.effective_seed)
-        fill(state.model, draw)
-    if source is not None:
-        if source.kind == "resume":
-            refuse_other_reference(reference, config, source)
-        if source.kind == "hf" and not section.initial_load_path:
+    found = checkpointer.find(only_model=config.validation.only)
+    if not config.adapter.specs:
+        return Start(found=found, base=None)
+    is_step = found is not None and found.kind == "resume"
+    base = find_origin(config, start_source(config) if is_step else found)
+    log.info("adapters beside: %s", base.name)
+    start = Start(found=found, base=base)
+    if start.step is not None:
+        _refuse_other_base(base, start.step)
+    return start
+
+
+def _refuse_other_base(base: Origin, step: Source) -> None:
+    saved = saved_identity(step.path, "base")
+    if not saved or saved["weights"] == base.weights:
+        return
+    raise ValueError(
+        f"checkpoint.initial_load_path, or model.hf_assets_path without it: the adapters in "
+        f"{step.path} stand beside {saved['name']} with weights {saved['weights'][:12]}, and this "
+        f"run would put them beside {base.name}, {base.weights[:12]}; give the weights that they "
+        "were trained beside (initial values: the settings that the run started with), or start "
+        "anew in another job.dump_folder"
+    )
+
+
+def fill_weights(
+    policy: Policy,
+    state: TrainingState,
+    start: Start,
+    reference: Origin | None,
+    adapters: Mapping[str, Tensor],
+) -> None:
+    """Give the parameters their values: from a checkpoint where there is one, else initial ones.
+
+    `adapters` are those that a new run starts from, whole, by our names.
+    """
+    state.reference = reference.identity if reference else {}
+    state.base = start.base.identity if start.base else {}
+    config, checkpointer, section = policy.config, policy.checkpointer, policy.config.checkpoint
+    seed, weights = config.debug.effective_seed, start.weights
+    if weights is None or section.initial_load_allow:
+        log.info("starting from initial values, seed %d", seed)
+        fill(state.model, policy.architecture.initial_values(state.model, seed=seed))
+    if start.step is not None:
+        refuse_other_reference(reference, config, start.step)
+    if weights is not None:
+        if weights.kind == "hf" and not section.initial_load_path:
             log.info("no checkpoint.initial_load_path: the weights are model.hf_assets_path's")
-        checkpointer.load(state, source)
-    are_new = source is None or source.kind == "hf" or not holds_adapters(source.path)
-    if config.adapter.specs and are_new:
-        fill_adapters(state.model, seed=config.debug.effective_seed)
+        checkpointer.load(state, weights)
+    if start.base is not None:
+        fill_adapters(state.model, seed=seed)
+        fill_from(state.model, adapters)
+        if start.step is not None:
+            checkpointer.load(state, start.step)

@@ -35,7 +35,8 @@ class TrainingConfig:
     """Name of the data source; README, section Data, lists them."""
 
     dataset_path: str | None = None
-    """File or folder of the data, where the source needs one."""
+    """File or folder of the data, where the source needs one; JSON lines in place of the built-in
+    chats or pairs."""
 
     local_batch_size: int = 8
     """Most rows of one microbatch on one data-parallel rank; fewer where the ranks share those of

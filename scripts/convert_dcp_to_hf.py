@@ -1,9 +1,11 @@
 """Turn a checkpoint into a Hugging Face folder that transformers loads. One process, no GPU.
 
-    python scripts/convert_dcp_to_hf.py CHECKPOINT OUT [--verify] [--dtype bfloat16]
+    python scripts/convert_dcp_to_hf.py CHECKPOINT OUT [--verify] [--merge] [--dtype bfloat16]
 
-CHECKPOINT is a step folder, or a folder of them (the newest good one is taken). Exit code 2 and
-one message for a mistake, 1 where --verify finds the logits apart.
+CHECKPOINT is a step folder, or a folder of them (the newest good one is taken). Of a run that
+trained adapters OUT is a folder that PEFT loads, or with --merge a whole model, for which the
+base must still be where the run had it. Exit code 2 and one message for a mistake, 1 where --verify
+finds the logits apart.
 """
 
 import argparse
@@ -26,6 +28,9 @@ def main(arguments: list[str]) -> None:
         "--verify", action="store_true", help="load the result with transformers, compare logits"
     )
     parser.add_argument(
+        "--merge", action="store_true", help="put adapters into the weights of their base"
+    )
+    parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-4,
@@ -34,7 +39,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     dtype = DTYPES[options.dtype]
     step = find_step(options.checkpoint)
-    checkpoint_to_hf(step, options.out, dtype, max_shard_bytes=round(options.max_shard_gb * 10**9))
+    max_shard_bytes = round(options.max_shard_gb * 10**9)
+    checkpoint_to_hf(step, options.out, dtype, merge=options.merge, max_shard_bytes=max_shard_bytes)
     print(f"wrote {options.out} from {step} in {options.dtype}")
     if options.verify:
         difference = compare_logits(step, options.out, dtype)

@@ -1,4 +1,5 @@
-"""Complete a text with a model in a Hugging Face folder, such as `hf/` of a finished run.
+"""Complete a text with a model in a Hugging Face folder, such as `hf/` of a finished run, or with
+an adapter in a folder of PEFT, whose base is where its adapter_config.json says.
 
     python scripts/generate.py --model outputs/hf --prompt "def "
     python scripts/generate.py --model outputs/sft/hf --chat --prompt "What does os.walk do?"
@@ -17,13 +18,15 @@ from typing import Any
 import torch
 
 from engine.cli import run_command
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from engine.hf_io import read_generation_config, read_hf_config
 from engine.hf_weights import load_into
+from engine.peft_io import AdapterFolder, is_adapter_folder, merge_into
 from models.decoder import DecoderLM
 from models.decoder_config import DecoderConfig
 from models.generate import check_sampling, generate
 from models.registry import ModelFamily, family_for_hf
+from models.weights import KeyMap
 from models.wrapped import generate as wrapped
 from models.wrapped.module import read_config
 from parallelisms.materialise import materialise
@@ -66,7 +69,12 @@ class Loaded:
 
 
 def load(folder: Path, *, device: torch.device, dtype: str) -> Loaded:
-    """Build the model that a folder's config.json describes and fill it from its weights."""
+    """Build the model that a folder's config.json describes and fill it from its weights.
+
+    The folder of an adapter names its base; what it holds of tokenizer and settings goes first.
+    """
+    adapter = AdapterFolder(folder, key="--model") if is_adapter_folder(folder) else None
+    own, folder = folder, adapter.base_folder if adapter else folder
     hf_config = read_hf_config(folder)
     family = family_for_hf(hf_config, or_any=True)
     is_ours = bool(family.hf_model_types)
@@ -75,18 +83,21 @@ def load(folder: Path, *, device: torch.device, dtype: str) -> Loaded:
         dtype = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
-    tokenizer = load_tokenizer(str(folder), "")
+    tokenizer = load_tokenizer(str(own if has_tokenizer(own) else folder), "")
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model only "
             f"{config.vocab_size}; put the tokenizer of this model there"
         )
     eos_token_ids = _end_tokens(
+        read_generation_config(own).get("eos_token_id"),
         read_generation_config(folder).get("eos_token_id"),
         hf_config.get("eos_token_id"),
         tokenizer.eos_id,
     )
     model = _load_model(folder, family, config, device=device, dtype=DTYPES[dtype])
+    if adapter is not None:
+        merge_into(model, adapter, family.key_map(config) if is_ours else KeyMap())
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -145,7 +156,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the options; argparse itself answers mistakes with exit code 2."""
     parser = argparse.ArgumentParser(prog="generate.py", description=DESCRIPTION)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="Hugging Face folder with weights and tokenizer")
+    add(
+        "--model",
+        type=Path,
+        required=True,
+        help="Hugging Face folder with weights and tokenizer, or of an adapter",
+    )
     add("--prompt", required=True, help="text to complete")
     add("--chat", action="store_true", help="put the prompt as a question, in the chat template")
     add("--max_new_tokens", type=int, default=100, help="tokens to add at most (100)")

@@ -1,6 +1,7 @@
 """What `training.dataset` and `training.dataset_path` name, as a reader of records."""
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from engine.data.config import SourceConfig
@@ -13,8 +14,10 @@ log = logging.getLogger("tessera")
 
 BUILTIN_DATASET = "python_stdlib"
 BUILTIN_ALIASES = ("c4_test", "c4_validation")
-BUILTIN_CHATS = "python_stdlib_chat"
-BUILTIN_PAIRS = "python_stdlib_preference"
+BUILTIN_RECORDS: Mapping[str, Callable[[Split, Path], Path]] = {
+    "python_stdlib_chat": stdlib_chats,
+    "python_stdlib_preference": stdlib_pairs,
+}
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".txt.gz", ".md.gz", ".py.gz")
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 FILE_SUFFIXES = {
@@ -41,19 +44,20 @@ def open_reader(
 
     `dataset` is `python_stdlib` (the built-in corpus, split by a hash of each file's path),
     `python_stdlib_chat` (chats about it, written below the cache folder `root`),
-    `python_stdlib_preference` (pairs of answers, likewise), one of `text`,
-    `jsonl` (or `json`), `parquet` and `arrow`, whose `path` is a file, a folder or a pattern, or
-    else a name or folder for the `datasets` package, which `path` overrides. Files serve whole for
-    the split that names them. Of tables `only_text` reads the column `text_field` alone. `source`
-    is the table of the configuration that names the dataset, for messages and its split. With
-    `streaming` a dataset of the package is not downloaded first, but read as it is asked for.
+    `python_stdlib_preference` (pairs of answers, likewise; JSON lines in `path` take the place of
+    either), one of `text`, `jsonl` (or `json`), `parquet` and `arrow`, whose `path` is a file, a
+    folder or a pattern, or else a name or folder for the `datasets` package, which `path`
+    overrides. Files serve whole for the split that names them. Of tables `only_text` reads the
+    column `text_field` alone. `source` is the table of the configuration that names the dataset,
+    for messages and its split. With `streaming` a dataset of the package is not downloaded first,
+    but read as it is asked for.
     """
     dataset_key, path_key = _keys(split, source)
     column = text_field if only_text else None
-    if dataset == BUILTIN_CHATS:
-        return JsonLines([stdlib_chats(split, root)])
-    if dataset == BUILTIN_PAIRS:
-        return JsonLines([stdlib_pairs(split, root)])
+    if dataset in BUILTIN_RECORDS:
+        if path:
+            return JsonLines(find_files(path, JSON_SUFFIXES, path_key))
+        return JsonLines([BUILTIN_RECORDS[dataset](split, root)])
     if dataset == BUILTIN_DATASET or (dataset in BUILTIN_ALIASES and not path):
         if dataset != BUILTIN_DATASET:
             log.info("%s = %r stands for %r", dataset_key, dataset, BUILTIN_DATASET)

@@ -64,10 +64,12 @@ class ObjectiveConfig:
     undesirable_weight: float = 1.0
     """Weight of those that are not."""
 
-    reference: Literal["online", "precomputed"] = "online"
-    """Where dpo and kto have the reference's log-probabilities from: a frozen second model on
-    the plan of the first, kept in `training.mixed_precision_param` and gathered a block at a time,
-    that reads every batch; or a file in the cache folder, which it writes once before training."""
+    reference: Literal["auto", "online", "adapters_off", "precomputed"] = "auto"
+    """Where dpo and kto have the reference's log-probabilities from. online: a frozen second model
+    on the plan of the first, kept in `training.mixed_precision_param` and gathered a block at a
+    time, reads every batch. adapters_off: the model that is trained reads it without its adapters.
+    precomputed: a file in the cache folder, which a second model writes once before training. auto:
+    adapters_off where new adapters are trained without a reference_path, else online."""
 
     reference_path: str = ""
     """Hugging Face folder, checkpoint step or folder of steps with the reference's weights; empty
@@ -89,6 +91,12 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.label_smoothing = {self.label_smoothing}; give a probability from 0 to "
                 "below 0.5, such as 0.1"
+            )
+        if self.reference == "adapters_off" and self.reference_path:
+            raise ValueError(
+                f"objective.reference_path = {self.reference_path!r} has no meaning with "
+                "objective.reference = 'adapters_off', which compares with the base of the "
+                "adapters; leave it out, or set objective.reference = 'online' or 'precomputed'"
             )
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(

@@ -6,6 +6,9 @@ A check is one function and one line of `CHECKS`.
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -13,13 +16,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.adapters import fill_adapters
+from engine.checkpoint_state import model_tensors
+from engine.checkpoint_storage import RankGroup
+from engine.hf_io import AdapterAssets, HfAssets, low_ranks
+from engine.peft_export import export_adapters, place_of
+from engine.peft_io import AdapterFolder, fill_from, read_adapter
 from engine.verify import parity
 from engine.verify.case import Case
 from engine.verify.faults import FAULTS
 from engine.verify.parity import Comparison
 from engine.verify.ranks import Job
-from engine.verify.subject import Subject
-from models.layers.lora import LowRank, adapted_linears, merged_weight
+from engine.verify.subject import Subject, adapters_of
+from models.layers.lora import adapted_linears, merged_weight
 from parallelisms import ParallelDims
 from parallelisms.fsdp import reshard
 from parallelisms.materialise import fill
@@ -63,6 +71,40 @@ def merge_parity(adapted: Adapted) -> float:
     return adapted.difference()
 
 
+def peft_round_trip(adapted: Adapted) -> float:
+    """Compare with the same model after its adapters have been to a folder of PEFT and back."""
+    expected_BTV, model, subject = adapted.logits(adapted.model), adapted.model, adapted.subject
+    sizes, specs = subject.sizes(adapted.case), adapters_of(adapted.case)
+    assets = HfAssets(
+        key_map=subject.family.key_map(sizes),
+        config=subject.family.config_to_hf(sizes),
+        save_tokenizer=lambda folder: None,
+        adapters=AdapterAssets(specs=specs, base="", merge=False),
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
+    ranks = RankGroup()
+    home = Path(ranks.on_first(mkdtemp))
+    folder = home / "adapters"
+
+    def read() -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for spec in specs:
+            stored = AdapterFolder(folder / place_of(spec, specs))
+            found |= read_adapter(stored, spec, shapes, assets.key_map)
+        return found
+
+    try:
+        export_adapters(model, folder, assets, dtype=torch.float32, ranks=ranks)
+        stored = ranks.on_first(read)  # the others may be on a machine without the folder
+    finally:
+        ranks.on_first(lambda: rmtree(home, ignore_errors=True))
+        ranks.close()
+    fill_adapters(model, seed=parity.SEED)
+    fill_from(model, stored)
+    found_BTV = adapted.logits(model)
+    return ((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()).item()
+
+
 def init_identity(adapted: Adapted) -> float:
     """Compare with the plain model when adapters have their initial values."""
     draw = parity.start_values(adapted.plain, adapted.subject.sizes(adapted.case))
@@ -73,6 +115,7 @@ def init_identity(adapted: Adapted) -> float:
 
 CHECKS: Mapping[str, Callable[[Adapted], float]] = {
     "merge parity": merge_parity,
+    "PEFT round trip": peft_round_trip,
     "init identity": init_identity,
 }
 """By the column, in the order in which they are made; the last one changes the adapters."""
@@ -85,19 +128,8 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for name, linear in adapted_linears(model):
-        weight = _whole(linear.weight)
-        adapters = [
-            LowRank(
-                a=_whole(linear.lora_A.get_submodule(adapter).weight),
-                b=_whole(linear.lora_B.get_submodule(adapter).weight),
-                scale=scale,
-                magnitude=_whole(linear.lora_magnitude_vector.get_submodule(adapter).weight)
-                if adapter in linear.lora_magnitude_vector
-                else None,
-            )
-            for adapter, scale in linear.scales.items()
-        ]
-        found[f"{name}.weight"] = merged_weight(weight, adapters)
+        adapters = low_ranks(linear, lambda _, parameter: _whole(parameter))
+        found[f"{name}.weight"] = merged_weight(_whole(linear.weight), adapters)
     return found
 
 

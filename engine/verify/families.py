@@ -243,7 +243,7 @@ def _rounded_export() -> AbstractContextManager[Any]:
     def wrong(tensor: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
         return original(tensor).bfloat16().to(tensor.dtype)
 
-    return patch.object(hf_io, "_whole", partial(wrong, original=hf_io._whole))
+    return patch.object(hf_io, "whole", partial(wrong, original=hf_io.whole))
 
 
 FAULTS = {

@@ -5,7 +5,6 @@ plan is, `subject.py` which model is compared.
 """
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -16,9 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from engine.data.batch import document_offsets
 from engine.neftune import EmbeddingNoise
-from engine.reference import ReferenceModel
+from engine.reference import AdaptersOff, ReferenceModel
 from engine.verify.case import Case
-from engine.verify.preference import OTHER_WEIGHTS, Judge, with_pairs
+from engine.verify.preference import Judge, of_reference, with_pairs
 from engine.verify.subject import TINY, Subject, adapters_of
 from models.adapters import adapt
 from models.decoder import DecoderConfig
@@ -154,8 +153,10 @@ def reference(
         count = (rows["labels_BT"] != IGNORED_LABEL).sum()
         loss = -forward(model, inputs, case).sum() / count
     else:
-        other = deepcopy(model).requires_grad_(False)
-        fill(other, reference_values(other, config))
+        with torch.device("meta"):
+            other = subject.family.build(config)
+        materialise(other, device_type)
+        fill(other, of_reference(start_values(other, config), case))
         judge = Judge(case, rows, alone, ReferenceModel(other))
         loss = judge.loss(lambda: forward(model, inputs, case), rows, 0)
     loss.backward()
@@ -268,30 +269,26 @@ def noise(
     return {"embedding_noise_BTD": draw(**mine, document_offsets=offsets, dims=dims)}
 
 
-def reference_values(
-    model: nn.Module, config: DecoderConfig
-) -> Callable[[str, tuple[slice, ...]], Tensor]:
-    """Draw other values than those of the model that is trained."""
-    draw = start_values(model, config)
-    return lambda name, slices: OTHER_WEIGHTS * draw(name, slices)
-
-
-def _judge(rows: dict[str, Tensor], dims: ParallelDims, case: Case, subject: Subject) -> Judge:
-    """Return the judge of a plan, whose reference model is on the same plan."""
+def _judge(
+    model: nn.Module, rows: dict[str, Tensor], dims: ParallelDims, case: Case, subject: Subject
+) -> Judge:
+    """Return the judge of a plan: its reference is on the same plan, or itself without adapters."""
+    if case.adapter != "none":
+        return Judge(case, rows, dims, AdaptersOff(model))
     config = subject.sizes(case)
     on_device = replace(case, checkpointing="none")
     frozen = ("regex:.*",)
     other, _ = build_case(
         on_device, frozen=frozen, device_type=dims.device_type, subject=subject, dims=dims
     )
-    fill(other, reference_values(other, config))
+    fill(other, of_reference(start_values(other, config), case))
     return Judge(case, rows, dims, ReferenceModel(other))
 
 
 def train(model: nn.Module, dims: ParallelDims, case: Case, subject: Subject = TINY) -> float:
     """Run forward and backward over this rank's rows; return the global loss."""
     rows = {k: v.to(dims.device_type) for k, v in batch(case, subject).items()}
-    judge = None if case.objective == "pretrain" else _judge(rows, dims, case, subject)
+    judge = None if case.objective == "pretrain" else _judge(model, rows, dims, case, subject)
     count = (rows["labels_BT"] != IGNORED_LABEL).sum()
     mine = {**local_rows(rows, dims, case), **noise(rows, dims, case, subject)}
     total = torch.zeros((), device=dims.device_type)

@@ -1,6 +1,7 @@
 """Pairs of answers for the parity check: uneven rows of them, and the loss that a plan trains on.
 
-Objectives that use a reference ask a second model, frozen and on the same plan, with other weights.
+Objectives that use a reference ask a second model, frozen and on the same plan, with other weights;
+those of a plan with adapters the model itself without them.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from engine.step import Reference, added_up
 from engine.verify.case import Case
 from models.registry import load_member
 from parallelisms.collectives import SequenceSum
+from parallelisms.materialise import Draw
 from parallelisms.mesh import ParallelDims
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -35,6 +37,13 @@ def objective_of(name: str) -> Objective:
     """Return an objective with the settings above."""
     config = ObjectiveConfig(name=name, **SETTINGS[name])
     return load_member("engine.objectives", name, "build")(config)
+
+
+def of_reference(draw: Draw, case: Case) -> Draw:
+    """Return what draws the reference's values: the base of adapters, or else other weights."""
+    if case.adapter != "none":
+        return draw
+    return lambda name, slices: OTHER_WEIGHTS * draw(name, slices)
 
 
 def with_pairs(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:

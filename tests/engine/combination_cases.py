@@ -129,14 +129,16 @@ ANOTHER = "scripts/bench/llama_1b_untied"
 UNCUT = "data.packing=best_fit data.long_document=drop"
 PAIRS = f"data.format=preference {UNCUT}"
 
+UNPAIRED = f"data.format=unpaired_preference {UNCUT}"
+
 PREFERENCE_CASES = {
     "pairs_wanted_and_not_read": Case(
-        refused=f"objective.name=dpo data.format=unpaired_preference {UNCUT}",
+        refused=f"objective.name=dpo {UNPAIRED}",
         allowed=f"objective.name=dpo {PAIRS}",
     ),
     "labelled_answers_wanted_and_not_read": Case(
         refused=f"objective.name=kto {PAIRS}",
-        allowed=f"objective.name=kto data.format=unpaired_preference {UNCUT}",
+        allowed=f"objective.name=kto {UNPAIRED}",
     ),
     "preferences_read_as_text": Case(
         refused=PAIRS, allowed=f"objective.name=tests.engine.own_parts {PAIRS}"
@@ -148,6 +150,10 @@ PREFERENCE_CASES = {
     "reference_that_does_not_exist": Case(
         refused=f"objective.name=dpo {PAIRS} objective.reference_path=/no/such/folder",
         allowed=f"objective.name=orpo {PAIRS}",
+    ),
+    "adapters_off_without_adapters": Case(
+        refused=f"objective.name=dpo {PAIRS} objective.reference=adapters_off",
+        allowed=f"objective.name=dpo {PAIRS} objective.reference=adapters_off adapter.kind=lora",
     ),
     "reference_of_another_model": Case(
         refused=f"objective.name=dpo {PAIRS} objective.reference_path={ANOTHER}",
@@ -205,6 +211,10 @@ LOW_PRECISION_CASES = {
 
 DROPPED = "adapter.kind=lora adapter.dropout=0.1"
 ADAPTER_CASES = {
+    "training_state_of_a_run_without_the_adapters": Case(
+        refused="checkpoint.enable checkpoint.no_initial_load_model_only adapter.kind=lora",
+        allowed="checkpoint.enable checkpoint.no_initial_load_model_only",
+    ),
     "dropout_that_recomputation_draws_anew": Case(
         refused=f"{DROPPED} activation_checkpoint.no_preserve_rng_state",
         allowed=f"{DROPPED} activation_checkpoint.no_preserve_rng_state "

@@ -243,7 +243,7 @@ PREFERRED = {
         objective__label_smoothing=0.1,
         objective__nll_weight=0.2,
     ),
-    **rows("engine/reference.py:open_reference", objective__reference="precomputed"),
+    **rows("engine/reference.py:reference_kind", objective__reference="precomputed"),
     **rows("engine/reference.py:reference_source", objective__reference_path="{folder}/run/hf"),
 }
 """A step of preference tuning against the first one's export."""
@@ -275,7 +275,8 @@ COMPILED = {
         "engine/adapters.py:build_adapted",
         adapter__more=[OneAdapterConfig(name="other", rank=5, targets=["v_proj"])],
     ),
-    **rows(f"{BUILD}_log_work", adapter__path="{folder}/peft"),
+    **rows("engine/peft_io.py:read_adapters", adapter__path="{folder}/peft"),
+    **rows("engine/start.py:_adapter_assets", adapter__merge_export=True),
     **rows(
         "parallelisms/apply.py:_wrap_blocks", compile__enable=True, compile__components=["model"]
     ),

@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from tokenizers import models, pre_tokenizers
 from torch._functorch import config as functorch
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -35,6 +36,7 @@ from parallelisms.apply import parallelize
 from parallelisms.mesh import ParallelDims
 from tests.engine import key_rows
 from tests.engine.config_spy import Spy, spying
+from tests.engine.own_parts import TINY
 
 Settings = dict[str, Any]
 
@@ -56,6 +58,7 @@ RECORDED = (
     "engine.loop.build",
     "engine.loop.set_learning_rate",
     "engine.loop.start_logging",
+    "engine.peft_io.read_adapter",
     "engine.profiling.schedule",
     "engine.step.clip_gradients",
     "engine.step.measure",
@@ -235,7 +238,7 @@ def settings_of(name: str) -> Settings:
 
 
 def prepare(folder: Path) -> None:
-    """Write the tokenizer and the text of all runs."""
+    """Write the tokenizer and the text of all runs, and an adapter of one."""
     vocabulary = {f"w{number}": number for number in range(60)} | {"?": 60, "<s>": 61, "</s>": 62}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore
@@ -248,8 +251,25 @@ def prepare(folder: Path) -> None:
         texts = [" ".join(f"w{i * j % 60}" for j in range(4 + i)) for i in range(num_documents)]
         lines = [json.dumps({"body": one}) + "\n" for one in texts]
         (folder / f"{name}.jsonl").write_text("".join(lines))
+    _write_adapter(folder / "peft")
     pairs = [{"prompt": f"w{n}", "chosen": f"w{n} w1", "rejected": "w2"} for n in range(9)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in pairs))
+
+
+def _write_adapter(folder: Path) -> None:
+    """Write a DoRA of rank 3 for the keys of `own_parts.TINY`, as PEFT does."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "use_rslora": True, "use_dora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    width, outputs = TINY.hidden_size, TINY.num_kv_heads * TINY.head_dim
+    sizes = {"lora_A.weight": (3, width), "lora_B.weight": (outputs, 3)}
+    sizes |= {"lora_magnitude_vector": (outputs,)}
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.k_proj.{part}": torch.ones(size)
+        for layer in range(TINY.num_layers)
+        for part, size in sizes.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def drive(name: str, folder: Path) -> Seen:

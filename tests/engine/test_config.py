@@ -50,7 +50,16 @@ NOT_ALONE = {
     "data.stride": ["--data.stride", "5"],
     **{
         f"adapter.{key}": ["--adapter.kind=lora"]
-        for key in ("name", "rank", "alpha", "use_rslora", "dropout", "targets", "path")
+        for key in (
+            "name",
+            "rank",
+            "alpha",
+            "use_rslora",
+            "dropout",
+            "targets",
+            "path",
+            "merge_export",
+        )
     },
     "adapter.more": ["--adapter.more", '[{name = "b"}]'],
     "experimental.custom_import": ["--experimental.custom_import", "json"],

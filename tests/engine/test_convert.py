@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine import convert, hf_io, hf_weights
+from engine import adapted_step, convert, hf_io, hf_weights
 from engine.checkpoint import Checkpointer
 from engine.cli import run_command
 from engine.convert import DTYPES
@@ -157,7 +157,7 @@ def test_a_conversion_holds_one_tensor_at_a_time(
 
         return read
 
-    monkeypatch.setattr(convert, "_read", counting(convert._read))
+    monkeypatch.setattr(adapted_step, "read_tensor", counting(adapted_step.read_tensor))
     monkeypatch.setattr(hf_weights.HfWeights, "read", counting(hf_weights.HfWeights.read))
     for dtype in DTYPES.values():
         folder = tmp_path / str(dtype)

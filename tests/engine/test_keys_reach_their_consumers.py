@@ -129,6 +129,8 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "adapter.targets": lambda s: sorted(
         {name.rpartition(".")[2] for name, _ in adapted_linears(s.run.trainer.model)} - {"v_proj"}
     ),
+    "adapter.path": lambda s: str(s.last("read_adapter")["folder"].folder),
+    "adapter.merge_export": lambda s: vars(s.run.checkpointer)["_hf"].adapters.merge,
     "adapter.more": lambda s: [
         OneAdapterConfig(
             name="other",

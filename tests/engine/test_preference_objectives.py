@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,6 +250,10 @@ def test_orpo_stays_finite_where_an_answer_is_certain():
         ({"name": "dpo", "beta": 0.0}, r"objective\.beta = 0\.0; give a number above 0"),
         ({"name": "dpo", "label_smoothing": 0.5}, r"label_smoothing = 0\.5; give a probability"),
         ({"name": "dpo", "label_smoothing": 0.1, "loss": "ipo"}, r"no meaning with.*'ipo'"),
+        (
+            {"name": "kto", "reference": "adapters_off", "reference_path": "x"},
+            r"reference_path = 'x' has no meaning with objective\.reference = 'adapters_off'",
+        ),
         ({"name": "orpo", "reference": "precomputed"}, r"use one of dpo, kto"),
         ({"beta": 0.2}, r"objective\.beta = 0\.2 has no meaning with objective\.name = 'pretrain'"),
         ({"name": "kto", "desirable_weight": -1.0}, r"desirable_weight = -1\.0; give 0"),
@@ -257,3 +262,21 @@ def test_orpo_stays_finite_where_an_answer_is_certain():
 def test_settings_without_meaning_are_refused_with_a_remedy(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         ObjectiveConfig(**settings)
+
+
+def test_orpo_and_simpo_have_the_losses_of_trl():
+    """Its DPO and KTO are parts of trainers, which take a whole model."""
+    orpo_trl = pytest.importorskip("trl.experimental.orpo.orpo_trainer").ORPOTrainer
+    cpo_trl = pytest.importorskip("trl.experimental.cpo.cpo_trainer").CPOTrainer
+    trainer = SimpleNamespace(beta=0.3, alpha=0.0, loss_type="simpo", simpo_gamma=0.4)
+    trainer.label_smoothing, trainer.accelerator = 0.0, SimpleNamespace(device="cpu")
+    chosen, rejected = (
+        torch.tensor([one[side] / one[4 + side] for one in FLAT], dtype=torch.float64)
+        for side in range(2)
+    )
+    batch = batch_of_pairs()
+    found, _ = loss_of(objective_of("simpo", beta=0.3, gamma=0.4), logps_of_policy(), batch)
+    assert found.item() == pytest.approx(cpo_trl.cpo_loss(trainer, chosen, rejected)[0].mean())
+    found, told = loss_of(objective_of("orpo", beta=0.3), logps_of_policy(), batch)
+    expected = told["nll"] - orpo_trl.odds_ratio_loss(trainer, chosen, rejected)[0].mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # trl computes in fp32

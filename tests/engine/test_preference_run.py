@@ -170,7 +170,7 @@ def test_a_reference_is_told_apart_by_its_weights_and_by_the_seed_that_draws_the
         for seed in (1, 2):
             config = tiny_config(tmp_path, *known, f"--debug.seed={seed}", *options)
             policy = Policy(config, unread, unread, unread, unread)
-            reference = find_reference(policy, dpo.build(config.objective))
+            reference = find_reference(policy, dpo.build(config.objective), None)
             assert reference is not None
             found[f"{name} {seed}"] = reference.weights
     assert len({found[f"{one} {seed}"] for one in ("folder", "its copy") for seed in (1, 2)}) == 1

@@ -30,6 +30,7 @@ WORLD_SIZES = {
     "llama3_70b": (64,),
     "llama3_405b": (512,),
     "mistral_7b": (8, 64),
+    "mistral_7b_orpo_lora": (1, 8),
     "mistral_7b_sft": (8, 64),
     "olmo2_1b": (1, 8),
     "olmo2_1b_sft": (1, 8),
@@ -38,6 +39,7 @@ WORLD_SIZES = {
     "qwen2_1.5b": (1, 8),
     "qwen2_1.5b_sft": (1, 8),
     "qwen3_8b": (8, 64),
+    "qwen3_8b_dpo": (8, 64),
     "qwen3_8b_sft": (8, 64),
 }
 
@@ -81,13 +83,16 @@ def test_the_quick_start_sees_the_same_rows_on_one_two_and_four_ranks():
         assert config.training.rows_per_step(world_size) == 16
 
 
-def test_fine_tuning_goes_on_from_what_the_quick_start_exports():
-    names = ("debug_model", "debug_sft")
+@pytest.mark.parametrize("names", [("debug_model", "debug_sft"), ("debug_sft", "debug_dpo")])
+def test_each_run_of_the_chain_goes_on_from_what_the_one_before_it_exports(names: tuple[str, str]):
     before, after = (flatten(load_config(["--job.config_file", str(FILE[n])])) for n in names)
-    assert before["checkpoint.last_save_in_hf"]
+    assert before["checkpoint.last_save_in_hf"] and before["adapter.kind"] == "none"
     for key in ("model.name", "model.flavor", "training.seq_len", "training.global_batch_size"):
         assert after[key] == before[key]
-    assert f"{before['job.dump_folder']}/hf".removeprefix("./") in FILE["debug_sft"].read_text()
+    folder = f"{before['job.dump_folder']}/hf".removeprefix("./")
+    start = f"--model.hf_assets_path {folder} --checkpoint.initial_load_in_hf"
+    readme = (FILE[names[0]].parents[1] / "README.md").read_text()
+    assert start in FILE[names[1]].read_text() and start in readme
 
 
 def test_the_quick_start_leaves_everything_that_it_promises():

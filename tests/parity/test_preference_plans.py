@@ -1,6 +1,7 @@
 """Objectives on answers give the loss and gradients of one fp32 process, however ranks share work.
 
-Rows hold two pairs, one or none. The reference of dpo and kto is a model on the same plan.
+Rows hold two pairs, one or none. The reference of dpo and kto is a model on the same plan, or of
+adapters the model itself without them, which one process compares with a second model.
 """
 
 from unittest.mock import patch
@@ -28,6 +29,9 @@ CASES = [
     Case(objective="kto", tp=2, loss_parallel=False),
     Case(objective="kto", cp=2, context="ring"),
     Case(objective="dpo", cp=2, shard=2, accumulate=2),
+    Case(objective="dpo", adapter="lora", shard=2, accumulate=2, backend="aot_eager"),
+    Case(objective="kto", adapter="dora", tp=2),
+    Case(objective="dpo", adapter="lora", cp=2, context="ring"),
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from engine.data import readers, tables
 from engine.data.hugging_face import DatasetRows, open_dataset
-from engine.data.named_sources import FILE_SUFFIXES
+from engine.data.named_sources import BUILTIN_RECORDS, FILE_SUFFIXES, open_reader
 from engine.data.readers import BadRecords, JsonLines, Reader, TextFiles, find_files
 from engine.data.tables import ArrowFiles, Parquet
 
@@ -313,3 +313,17 @@ def test_paths_may_be_files_folders_or_patterns_and_missing_ones_are_named(tmp_p
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"is a folder without \.jsonl or \.json files"):
         names(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("dataset", BUILTIN_RECORDS)
+def test_json_lines_take_the_place_of_the_built_in_chats_and_pairs(tmp_path: Path, dataset: str):
+    write_lines(tmp_path / "own.jsonl", ['{"text": "own"}'])
+    reader = open_reader(
+        dataset,
+        str(tmp_path / "own.jsonl"),
+        split="train",
+        text_field="text",
+        only_text=False,
+        root=tmp_path / "cache",
+    )
+    assert read_all(reader) == ["own"] and not (tmp_path / "cache").exists()
