@@ -28,7 +28,7 @@ STATE_BLOCK = 256
 of torchao and bitsandbytes."""
 
 MIN_STATE_SIZE = 4096
-"""Smaller parameters keep their state in 32 bits, as bitsandbytes does."""
+"""Smaller parameters keep their state in their own dtype, as bitsandbytes does in 32 bits."""
 
 CODES, SCALES = "_codes", "_scales"
 
@@ -196,7 +196,7 @@ class AdamW8bit(Optimizer):
 
     Rules and tables are torchao's; the state is kept as plain tensors laid out as the parameters,
     so that checkpoints hold it and other numbers of ranks can read it. A matrix is kept so where
-    each rank's rows are whole blocks, other state in 32 bits.
+    each rank's rows are whole blocks; other state has the parameters' dtype.
     """
 
     def __init__(

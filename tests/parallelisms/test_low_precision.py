@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from engine.cli import load_config
+from engine.low_precision import float8_of
 from engine.optim import OptimizerConfig, build_optimizer
 from engine.verify.case import parse
 from engine.verify.parity import build_case, train
@@ -105,6 +107,18 @@ def test_layers_that_cannot_be_float8_stay_with_a_reason():
     }
     with pytest.raises(ValueError, match=r"float8(.|\n)*filter_fqns names it"):
         convert(replace(ROWWISE, left_out=("layers",)))
+
+
+@pytest.mark.parametrize(("seq_len", "pads"), [(32, False), (24, True)])
+def test_products_over_tokens_are_padded_unless_every_row_has_a_multiple(seq_len, pads):
+    options = ["--model.converters=float8", f"--training.seq_len={seq_len}"]
+    # Four rows of 24 would be a multiple, and two ranks get three of six.
+    rows = ["--training.local_batch_size=4", "--training.global_batch_size=6"]
+    found = float8_of(
+        load_config(["--job.config_file=train_configs/debug_model.toml", *options, *rows])
+    )
+    assert found is not None
+    assert found.pads_tokens is pads
 
 
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
