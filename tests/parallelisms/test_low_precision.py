@@ -18,9 +18,11 @@ from engine.verify.case import parse
 from engine.verify.parity import build_case, train
 from models.decoder import DecoderLM
 from parallelisms.low_precision import (
+    _MEANS,
     CODES,
     AdamW8bit,
     Float8,
+    _mean,
     convert_linears,
     refuse_other_state,
     zeros_by_rows,
@@ -163,6 +165,29 @@ def test_eight_bit_state_follows_adamw_at_a_quarter_of_its_memory():
     size = sum(slot.numel() * slot.element_size() for slot in matrix.values())
     assert size / (256 * 32) < 2.2
     assert set(small) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_state_that_adamw_saved_becomes_bytes_and_other_state_stays():
+    sizes, values = ((16, 512), (4, 256), (8192,)), torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(size, generator=values)) for size in sizes]
+    plain = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=values)
+    plain.step()
+    groups = [{"params": parameters}]
+    optimizer = AdamW8bit(groups, lr=1.0, betas=(0.9, 0.9), eps=1.0)
+    optimizer.load_state_dict(
+        {**plain.state_dict(), "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    matrix, *others = (optimizer.state[parameter] for parameter in parameters)
+    assert matrix["exp_avg" + CODES].dtype == torch.uint8
+    assert matrix["step"] == 1.0
+    for name, is_signed in _MEANS:
+        expected = plain.state[parameters[0]][name]
+        error = (_mean(matrix, name, is_signed).dequantize() - expected).abs().max()
+        assert error < 0.02 * expected.abs().max()
+        for slots, parameter in zip(others, parameters[1:], strict=True):
+            assert torch.equal(slots[name], plain.state[parameter][name])
 
 
 def test_state_that_another_optimizer_or_layout_cannot_read_is_refused():
