@@ -190,7 +190,8 @@ LOW_PRECISION_CASES = {
         facts={"missing": frozenset({"torchao"})},
     ),
     "four_bits_where_nothing_is_frozen": Case(
-        refused="model.converters=nf4 validation.only", allowed=f"{FOUR_BITS} validation.only"
+        refused="model.converters=nf4 validation.only checkpoint.enable",
+        allowed=f"{FOUR_BITS} validation.only checkpoint.enable",
     ),
     "four_bits_with_tensor_parallelism": Case(
         refused=f"{FOUR_BITS} parallelism.tensor_parallel_degree=2",
