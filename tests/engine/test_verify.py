@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from engine.verify import command
 from engine.verify.__main__ import main
-from engine.verify.case import DEFAULTS, WORDS, Case, parse
+from engine.verify.case import CONTEXT_MODES, DEFAULTS, WORDS, Case, parse
 from engine.verify.faults import FAULTS
 from engine.verify.parity import BF16_ARITHMETIC, FP32_REORDERED_SUM, Comparison, worst
 from engine.verify.plans import (
@@ -254,6 +254,7 @@ def test_the_record_holds_command_machine_and_every_row(tmp_path: Path) -> None:
         (["--fault", "missing_context_hook", "--plan", "fsdp2"], "try --plan cp2-allgather"),
         (["--model", "lama3"], "neither a folder .* nor a family; use one of .*llama3"),
         (["--model", "llama3:9B"], "is not a size of llama3"),
+        (["--objective", "dpo,kko"], "'kko' is not known; did you mean 'kto'.*pretrain, dpo"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(arguments: list[str], message: str, capsys) -> None:
@@ -261,6 +262,21 @@ def test_a_mistake_is_one_line_and_code_2(arguments: list[str], message: str, ca
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert len(error.splitlines()) == 1
+
+
+def test_the_short_list_holds_every_layout_with_whole_rows_for_each_objective() -> None:
+    arguments = ["--short", "--objective", "dpo,kto", "--ranks", "4", "--device", "cpu"]
+    request = command.resolve(command.parser().parse_args(arguments))
+    whole = {str(layout) for layout in every_layout(4) if layout.cp == 1}
+    for objective in ("dpo", "kto"):
+        cases = [case for case in request.plans.cases if case.objective == objective]
+        layouts = {
+            str(Case(**{n: getattr(c, n) for n in ("replicate", "shard", "tp", "sequence")}))
+            for c in cases
+            if c.cp == 1
+        }
+        assert layouts == whole
+        assert {case.context for case in cases if case.cp > 1} == set(CONTEXT_MODES)
 
 
 def test_help_and_the_list_of_faults_are_printed(capsys) -> None:
