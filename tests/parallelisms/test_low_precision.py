@@ -131,10 +131,12 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
 def test_a_resumed_run_goes_on_exactly_also_on_another_number_of_ranks(
     kind: str, ranks: RankPool, tmp_path: Path
 ):
-    expected = ranks(2, cases.save_steps, kind, tmp_path / "step", 3)[0]
-    assert equal(ranks(2, cases.save_steps, kind, tmp_path / "step", 3)[0], expected)
-    saved = ranks(2, cases.save_steps, kind, tmp_path / "step", 2)[0]
-    assert equal(ranks(1, cases.save_steps, kind, tmp_path / "step", 2)[0], saved)
+    saved, expected = ranks(2, cases.save_steps, kind, tmp_path / "step", 3)[0]
+    read, resumed = ranks(2, cases.save_steps, kind, tmp_path / "step", 3)[0]
+    assert equal(read, saved)
+    assert equal(resumed, expected)
+    assert not equal(resumed, saved)
+    assert equal(ranks(1, cases.save_steps, kind, tmp_path / "step", 2)[0][0], saved)
 
 
 def noisy_losses(name: Literal["AdamW", "AdamW8bit"]) -> tuple[list[float], Optimizer]:
