@@ -223,6 +223,7 @@ def refuse_other_model(
             "with scripts/convert_dcp_to_hf.py --merge and start from that folder, or go on "
             "training the adapters from their own folder, through adapter.path"
         )
+    _refuse_other_packing(tensors, stored, folder)
     complaints: list[str] = []
     if missing := tensors.keys() - stored.keys():
         complaints.append(f"the checkpoint lacks {list_names(missing)}")
@@ -242,6 +243,28 @@ def refuse_other_model(
             f"{folder} is a checkpoint of another model: {list_names(complaints, '; ')}; set "
             f"model.* and training.dtype as they were, or give another job.dump_folder"
         )
+
+
+def _refuse_other_packing(
+    tensors: Mapping[str, Tensor], stored: Mapping[str, TensorStorageMetadata], folder: Path
+) -> None:
+    """Raise a ValueError where weights are packed in four bits on one side alone."""
+    for name in sorted(tensors.keys() & stored.keys()):
+        is_packed_here = tensors[name].dtype == torch.uint8
+        is_packed_there = stored[name].properties.dtype == torch.uint8
+        if is_packed_here and not is_packed_there:
+            raise ValueError(
+                f'{folder} holds {name} unpacked, and model.converters = ["nf4"] packs weights '
+                "only while they are read from a Hugging Face folder; write one with "
+                "scripts/convert_dcp_to_hf.py, and start a new run from it with "
+                "checkpoint.initial_load_path and checkpoint.initial_load_in_hf = true"
+            )
+        if is_packed_there and not is_packed_here:
+            raise ValueError(
+                f"{folder} holds {name} packed in four bits; read it with model.converters = "
+                '["nf4"] and the model.freeze of its run, which can export it unpacked with '
+                "checkpoint.last_save_in_hf = true"
+            )
 
 
 def _widens(stored: torch.dtype, here: torch.dtype) -> bool:

@@ -66,8 +66,9 @@ def _may_have_odd_tokens(config: "JobConfig") -> bool:
     """Say whether the tokens that a rank holds of a microbatch may be no multiple of 16."""
     if config.data.packing == "none" or config.data.batch_tokens:
         return True
-    tokens = config.training.local_batch_size * config.training.seq_len
-    return tokens % (HARDWARE_MULTIPLE * config.parallelism.context_parallel_degree) != 0
+    # Of one row: how many a microbatch has, up to local_batch_size, depends on the ranks.
+    row_multiple = HARDWARE_MULTIPLE * config.parallelism.context_parallel_degree
+    return config.training.seq_len % row_multiple != 0
 
 
 def packs_frozen(config: "JobConfig") -> bool:

@@ -41,6 +41,8 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 class MemoryWatch:
     """Measures the second step of this process, logs its parts, and gives them as metrics once.
 
+    Each part is given at its largest: gradients come while activations go, so the parts may add up
+    to more than the peak. What another model holds, a reference, is part of "temporary".
     The allocator's counters are the host's, so nothing waits for the device. Where there is no
     CUDA device they do not exist, and activations, temporary buffers and the peak are not known.
     """
@@ -68,7 +70,7 @@ class MemoryWatch:
             f"{name.removeprefix('memory/').removesuffix('_gib')} {value:.2f}"
             for name, value in known.items()
         )
-        log.info("memory in GiB, of one rank at the peak of a step: %s", shares)
+        log.info("memory in GiB, of one rank in a step, each part at its largest: %s", shares)
 
     def take(self) -> Row:
         """Return the parts in the row after they were measured; in others nothing."""

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import psutil
 import torch
@@ -21,27 +20,26 @@ GIB = 2**30
 Row = dict[str, float | None]
 """The numbers of one step by name; none where one is not known. Speeds say their unit."""
 
-PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, float | None], ...] = (
-    # Words of the device's name, its dense bf16 FLOP/s with fp32 accumulation, and its dense fp8
-    # FLOP/s, none where it has no fp8. NVIDIA's product pages and data sheets, where most figures
-    # are given with sparsity (half is dense).
-    (("GB300",), 2.5e15, 5e15),  # nvidia.com/en-us/data-center/gb300-nvl72: 360 PFLOP/s for 72
-    (("B300",), 2.25e15, 4.5e15),  # nvidia.com/en-us/data-center/hgx: 36 PFLOP/s sparse for 8
-    (("GB200",), 2.5e15, 5e15),  # nvidia.com/en-us/data-center/gb200-nvl72: 360 PFLOP/s for 72
-    (("B200",), 2.25e15, 4.5e15),  # nvidia.com/en-us/data-center/hgx: 36 PFLOP/s sparse for 8
-    (("GH200",), 989e12, 1979e12),  # GH200 data sheet: an H100 SXM or H200 die
-    (("H200",), 989e12, 1979e12),  # H200 data sheet
-    (("H100", "NVL"), 835e12, 1671e12),  # H100 data sheet, H100 NVL
-    (("H100", "PCIe"), 756e12, 1513e12),  # H100 data sheet, H100 PCIe
-    (("H100",), 989e12, 1979e12),  # H100 data sheet, H100 SXM
-    (("H800",), 989e12, 1979e12),  # an H100 with narrower links
-    (("H20",), 148e12, 296e12),  # reported by the press; no public data sheet
-    (("A100",), 312e12, None),  # A100 data sheet
-    (("A800",), 312e12, None),  # an A100 with narrower links
-    (("L40S",), 362e12, 733e12),  # L40S data sheet
-    (("A10",), 125e12, None),  # A10 data sheet
-    (("MI300X",), 1307.4e12, 2614.9e12),  # amd.com/en/products/accelerators/instinct/mi300
-    (("MI325X",), 1307.4e12, 2614.9e12),  # amd.com/en/products/accelerators/instinct/mi300
+PEAK_FLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
+    # Words of the device's name, and its dense bf16 FLOP/s with fp32 accumulation. NVIDIA's
+    # product pages and data sheets, where most figures are given with sparsity (half is dense).
+    (("GB300",), 2.5e15),  # nvidia.com/en-us/data-center/gb300-nvl72: 360 PFLOP/s sparse for 72
+    (("B300",), 2.25e15),  # nvidia.com/en-us/data-center/hgx: 36 PFLOP/s sparse for 8
+    (("GB200",), 2.5e15),  # nvidia.com/en-us/data-center/gb200-nvl72: 360 PFLOP/s sparse for 72
+    (("B200",), 2.25e15),  # nvidia.com/en-us/data-center/hgx: 36 PFLOP/s sparse for 8
+    (("GH200",), 989e12),  # GH200 data sheet: an H100 SXM or H200 die
+    (("H200",), 989e12),  # H200 data sheet
+    (("H100", "NVL"), 835e12),  # H100 data sheet, H100 NVL
+    (("H100", "PCIe"), 756e12),  # H100 data sheet, H100 PCIe
+    (("H100",), 989e12),  # H100 data sheet, H100 SXM
+    (("H800",), 989e12),  # an H100 with narrower links
+    (("H20",), 148e12),  # reported by the press; no public data sheet
+    (("A100",), 312e12),  # A100 data sheet
+    (("A800",), 312e12),  # an A100 with narrower links
+    (("L40S",), 362e12),  # L40S data sheet
+    (("A10",), 125e12),  # A10 data sheet
+    (("MI300X",), 1307.4e12),  # amd.com/en/products/accelerators/instinct/mi300
+    (("MI325X",), 1307.4e12),  # amd.com/en/products/accelerators/instinct/mi300
 )
 
 
@@ -83,21 +81,16 @@ def perplexity(nll: float) -> float:
     return math.exp(nll) if nll < 700.0 else math.inf
 
 
-Arithmetic = Literal["bfloat16", "float8"]
-
-
-def peak_flops(device_name: str, arithmetic: Arithmetic = "bfloat16") -> float | None:
-    """Return the dense FLOP/s of a device by its name, or none if the table does not know them."""
+def peak_flops(device_name: str) -> float | None:
+    """Return the dense bf16 FLOP/s of a device by its name, or none if it is not in the table."""
     words = set(re.split(r"[^A-Za-z0-9]+", device_name))
-    peaks = next((peaks for needed, *peaks in PEAK_FLOPS if words.issuperset(needed)), (None, None))
-    return peaks[arithmetic == "float8"]
+    return next((flops for needed, flops in PEAK_FLOPS if words.issuperset(needed)), None)
 
 
-def device_peak_flops(device: torch.device, arithmetic: Arithmetic = "bfloat16") -> float | None:
-    """Return the dense FLOP/s of `device`; none for CPUs and devices not in the table."""
-    if device.type != "cuda":
-        return None
-    return peak_flops(torch.cuda.get_device_name(device), arithmetic)
+def device_peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 FLOP/s of `device`, also for float8 layers; none for CPUs and devices
+    not in the table."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -237,8 +237,7 @@ class Facts:
     @property
     def freezes_weights(self) -> bool:
         """Whether weights of the model itself are not trained."""
-        config = self.config
-        return bool(config.model.freeze or config.adapter.specs) or not self.trains
+        return bool(self.config.model.freeze or self.config.adapter.specs)
 
     def uses_inductor(self, device_type: str) -> bool:
         """Whether this machine will compile with inductor for such a device."""

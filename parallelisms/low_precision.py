@@ -28,7 +28,7 @@ STATE_BLOCK = 256
 of torchao and bitsandbytes."""
 
 MIN_STATE_SIZE = 4096
-"""Smaller parameters keep their state in 32 bits, as bitsandbytes does."""
+"""Smaller parameters keep their state in their own dtype, as bitsandbytes does in 32 bits."""
 
 CODES, SCALES = "_codes", "_scales"
 
@@ -196,7 +196,7 @@ class AdamW8bit(Optimizer):
 
     Rules and tables are torchao's; the state is kept as plain tensors laid out as the parameters,
     so that checkpoints hold it and other numbers of ranks can read it. A matrix is kept so where
-    each rank's rows are whole blocks, other state in 32 bits.
+    each rank's rows are whole blocks; other state has the parameters' dtype.
     """
 
     def __init__(
@@ -247,11 +247,24 @@ class AdamW8bit(Optimizer):
         return slots
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over state as it is; the base class would turn bytes into the parameters' dtype."""
+        """Take over bytes as they are, and turn means that AdamW kept in numbers into bytes."""
+        # The base class would turn bytes into the parameters' dtype.
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, slots in state_dict["state"].items():
-            self.state[parameters[number]] = dict(slots)
+            self.state[parameters[number]] = self._in_bytes(parameters[number], dict(slots))
+
+    def _in_bytes(self, parameter: nn.Parameter, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state of a parameter as `_start` lays it out, where it was not in bytes."""
+        if any(name + CODES in found for name, _ in _MEANS):
+            return found
+        slots = self._start(parameter)
+        for name, is_signed in _MEANS:
+            if name in slots:
+                slots[name] = found[name]
+            else:
+                _mean(slots, name, is_signed).copy_(local_part(found[name]))
+        return {**slots, "step": found["step"]}
 
 
 def refuse_other_state(optimizer: Optimizer, names: Collection[str]) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from engine.logging import machine_report
 from scripts.bench.floor import against_record, floor_of
-from scripts.bench.measure import run_row
+from scripts.bench.measure import end_on_signals, run_row
 from scripts.bench.peers import run_peers
 from scripts.bench.probes import take_probes
 from scripts.bench.suites import SUITES, BenchRow
@@ -138,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Do what the command line says; a mistake of the user ends with 2."""
     options = parser().parse_args()
+    end_on_signals()
     try:
         return options.act(options)
     except ValueError as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.cli import load_config
 from engine.config import JobConfig
 from engine.metrics import peak_flops
+from engine.objectives import WITH_REFERENCE
 from engine.rules import gather_facts
 from models.attention import AttentionCore, AttentionMasks
 from models.decoder_config import SLIDING, DecoderConfig
@@ -74,14 +75,19 @@ class Work:
 
 
 def work_of(row: BenchRow) -> Work:
-    """Return what one rank of a row computes; ValueError for models that are not our decoder."""
+    """Return what one rank of a row computes; ValueError where that is not our whole decoder,
+    trained."""
     config = load_config([f"--job.config_file={row.config_file}", *row.overrides])
     facts, mistakes = gather_facts(config, row.gpus)
     sizes = facts.decoder
+    if not isinstance(sizes, DecoderConfig):
+        mistakes = mistakes or ["its model is wrapped"]
+    elif facts.freezes_weights or config.objective.name in WITH_REFERENCE:
+        mistakes = ["a step of it is not forward and both gradients of each layer"]
     if mistakes or not isinstance(sizes, DecoderConfig):
         raise ValueError(
-            f"row {row.name!r} has no floor: {'; '.join(mistakes) or 'its model is wrapped'}; "
-            "name rows of a family of ours"
+            f"row {row.name!r} has no floor: {'; '.join(mistakes)}; "
+            "name rows that train all of a model of our families, without a reference"
         )
     dims = ParallelDims.of(config.parallelism, row.gpus)
     rows = config.training.dealing(dims.batch_degree).rows_per_microbatch

@@ -10,8 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+import psutil
 
 from scripts.bench.suites import BenchRow
 from scripts.bench.trace import read_trace, summarise_trace
@@ -24,7 +28,14 @@ FEWEST_STEPS_WITH_TRACE = 10
 """Rows of fewer steps have long ones, or are about something else than launch gaps."""
 
 LAUNCHER_REPORT = "torch/distributed/elastic/multiprocessing/api.py"
-OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
+OUT_OF_MEMORY = re.compile(
+    r"^.*(?:OutOfMemoryError|[Oo]ut of memory|ALLOC_FAILED).*$", re.MULTILINE
+)
+"""A line of the allocator, the driver, NCCL or cuBLAS that says so."""
+
+KEPT_CHARACTERS = 2000
+SECONDS_TO_DIE = 30.0
+"""How long a killed process may take to give back the memory of its GPU."""
 
 
 def training_steps(row: BenchRow) -> int:
@@ -62,7 +73,8 @@ def command(row: BenchRow, run_folder: Path) -> list[str]:
 def run_logged(arguments: Sequence[str], log: Path, timeout_seconds: float, **more: str) -> int:
     """Run a command with its output in `log`; return its exit code, negative after a kill.
 
-    `more` is added to its environment. What it started ends with it when time is up.
+    `more` is added to its environment. What it started ends with it when time is up, and when an
+    exception such as that of `end_on_signals` ends the wait.
     """
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -76,20 +88,62 @@ def run_logged(arguments: Sequence[str], log: Path, timeout_seconds: float, **mo
         try:
             return process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the ranks too: they hold GPUs
-            return process.wait()
+            return kill(process)
+        except BaseException:
+            kill(process)
+            raise
+
+
+def kill(process: subprocess.Popen[bytes]) -> int:
+    """End a command and all that it started, and wait until they are gone; return its exit code."""
+    if process.poll() is not None:
+        return process.returncode
+    # One by one: torchrun gives each rank a session, so no group has them all, and they hold GPUs.
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for one in started:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    deadline = time.monotonic() + SECONDS_TO_DIE
+    while any(map(_is_alive, started)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process.wait()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP, as SIGINT does, raise in this process and so end what it runs."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
 
 
 def outcome(exit_code: int, log: Path) -> dict[str, Any]:
-    """Say how a run ended: ok, out of memory, timeout or failed, with the end of its log."""
+    """Say how a run ended: ok, out of memory, timeout or failed, with the end of its log.
+
+    The first line about memory is kept too, wherever it is.
+    """
     if exit_code == 0:
         return {"outcome": "ok"}
     text = log.read_text(errors="replace")
     ended = "timeout" if exit_code == -signal.SIGKILL else "failed"
-    if OUT_OF_MEMORY.search(text):
-        ended = "out of memory"
     # The launcher's own report of the death is longer than that.
-    return {"outcome": ended, "error": text.partition(LAUNCHER_REPORT)[0][-2000:]}
+    error = text.partition(LAUNCHER_REPORT)[0][-KEPT_CHARACTERS:]
+    if found := OUT_OF_MEMORY.search(text):
+        ended = "out of memory"
+        # Another rank may have said much after it, or the launcher before it.
+        if (line := found[0][:KEPT_CHARACTERS]) not in error:
+            error = f"{line}\n[...]\n{error}"
+    return {"outcome": ended, "error": error}
 
 
 def log_file(folder: Path, name: str) -> Path:
@@ -105,10 +159,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"p10": tenths[0], "p50": tenths[4], "p90": tenths[8]}
 
 
-def summarise(row: BenchRow, metrics_file: Path) -> dict[str, Any]:
-    """Return the medians over the steps after warm-up, those of the profiler left out."""
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    lines = [line for line in lines if line["step"] <= training_steps(row)]
+def measured_lines(row: BenchRow, metrics_file: Path) -> list[dict[str, Any]]:
+    """Return the metrics of a row's steps, those of the profiler left out; none where some lack."""
+    if not metrics_file.is_file():
+        return []
+    whole = (line for line in metrics_file.read_text().splitlines(True) if line.endswith("\n"))
+    lines = [line for line in map(json.loads, whole) if line["step"] <= training_steps(row)]
+    return lines if lines and lines[-1]["step"] == training_steps(row) else []
+
+
+def summarise(row: BenchRow, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the medians over the steps after warm-up."""
     steady = [line for line in lines if line["step"] > row.warmup_steps and "loss" in line]
     speeds = [line["tokens_per_second_per_device"] for line in steady]
     median = statistics.median(speeds)
@@ -143,7 +204,10 @@ def summarise(row: BenchRow, metrics_file: Path) -> dict[str, Any]:
 
 
 def run_row(row: BenchRow, log_folder: Path, timeout_seconds: float) -> dict[str, Any]:
-    """Train one row in its own processes; a failure is recorded, not raised."""
+    """Train one row in its own processes; a failure is recorded, not raised.
+
+    One that ends badly after all its steps has their figures too, and has not passed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         arguments = command(row, Path(folder) / "run")
         log = log_file(log_folder, row.name)
@@ -158,8 +222,10 @@ def run_row(row: BenchRow, log_folder: Path, timeout_seconds: float) -> dict[str
             **outcome(code, log),
             "passed": False,
         }
+        if lines := measured_lines(row, Path(folder) / "run" / "metrics.jsonl"):
+            record |= summarise(row, lines)
+            record["passed"] = record["passed"] and code == 0
         if code == 0:
-            record |= summarise(row, Path(folder) / "run" / "metrics.jsonl")
             for path in (Path(folder) / "run" / "profile").rglob("rank-0.json"):
                 record["traced_step"] = summarise_trace(read_trace(path))
         return record

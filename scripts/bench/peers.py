@@ -83,6 +83,13 @@ def missing(peer: str) -> list[str]:
 def peers_of(told: PeerRow) -> list[str]:
     """Return the peers that can train the same as a row, each with the attention it is to use."""
     config, sizes = told.config, told.architecture.config
+    is_told_whole = (
+        not config.adapter.specs
+        and config.objective.name == "pretrain"
+        and config.optimizer.name == "AdamW"
+    )
+    if not is_told_whole:
+        return []
     names = ["torchtitan sdpa"]
     if told.has_documents and config.parallelism.context_parallel_degree == 1:
         names = ["torchtitan flex", "torchtitan varlen"]

@@ -34,9 +34,14 @@ def load_record(path: Path) -> Record:
 
 
 def speeds(record: Record) -> dict[str, Record]:
-    """Return the rows of a record by name, those that were trained."""
-    found = {row["row"]: row for row in record.get("rows", [])}
+    """Return the rows of a record by name, those that were trained and ended well."""
+    found = {row["row"]: row for row in record.get("rows", []) if _outcome(row) == "ok"}
     return {name: row for name, row in found.items() if "tokens_per_second_per_gpu" in row}
+
+
+def _outcome(row: Record) -> str:
+    """Return how a row ended; records of before that was written hold what ended well."""
+    return row.get("outcome", "ok" if "tokens_per_second_per_gpu" in row else "failed")
 
 
 def compare(before: Record, after: Record) -> tuple[list[str], bool]:
@@ -104,10 +109,11 @@ def _batch(row: Record) -> str:
 
 
 def _figures(row: Record) -> list[str]:
+    ended = _outcome(row)
     if "tokens_per_second_per_gpu" not in row:
-        return [str(row.get("outcome", "failed")), "-", "-"]
+        return [ended, "-", "-"]
     return [
-        f"{row['tokens_per_second_per_gpu']:,.0f}",
+        f"{row['tokens_per_second_per_gpu']:,.0f}{'' if ended == 'ok' else f' ({ended})'}",
         f"{row['mfu']:.1%}",
         f"{row['peak_memory_gib']:.1f}",
     ]

@@ -67,6 +67,11 @@ def test_a_peer_trains_a_row_only_where_its_work_is_the_same() -> None:
     tied = PeerRow.of(SUITES["documents-1gpu"][0])
     assert peers_of(tied) == []
     assert peers_of(PeerRow.of(DENSE)) == ["torchtitan sdpa", "transformers", "transformers-liger"]
+    plain, *float8, small_state = SUITES["float8-1gpu"]
+    assert peers_of(PeerRow.of(plain)) == peers_of(PeerRow.of(DENSE))
+    assert [peers_of(PeerRow.of(row)) for row in float8] == [["torchtitan sdpa"]] * 2
+    for row in (small_state, *SUITES["lora-1gpu"], *SUITES["preference-1gpu"]):
+        assert peers_of(PeerRow.of(row)) == []
 
 
 def test_what_is_not_installed_is_said_and_nothing_is_written(tmp_path, monkeypatch) -> None:

@@ -1,16 +1,30 @@
 """What a run leaves behind is read into a record, and records into comparisons and tables."""
 
 import json
+import os
+import signal
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from scripts.bench import __main__ as bench
 from scripts.bench import measure
 from scripts.bench.__main__ import chosen_rows
-from scripts.bench.measure import ROOT, command, run_row, summarise
+from scripts.bench.measure import (
+    LAUNCHER_REPORT,
+    ROOT,
+    command,
+    end_on_signals,
+    measured_lines,
+    run_logged,
+    run_row,
+    summarise,
+)
 from scripts.bench.probes import take_probes
 from scripts.bench.suites import SUITES, BenchRow
 from scripts.bench.tables import compare, rewritten, table
@@ -40,7 +54,7 @@ def write_metrics(folder: Path) -> Path:
 
 
 def test_medians_are_of_the_steps_between_warm_up_and_profiler(tmp_path: Path) -> None:
-    found = summarise(ROW, write_metrics(tmp_path))
+    found = summarise(ROW, measured_lines(ROW, write_metrics(tmp_path)))
     assert found["steps_measured"] == 15
     assert found["tokens_per_second_per_gpu"] == round(400 / 1.7, 1)
     assert found["step_seconds"] == {"p10": 1.14, "p50": 1.7, "p90": 2.26}
@@ -64,6 +78,7 @@ def test_the_profiled_step_follows_the_measured_ones_where_there_are_many() -> N
     ("code", "text", "outcome"),
     [
         (1, "torch.OutOfMemoryError: CUDA out of memory. Tried", "out of memory"),
+        (1, "Cuda failure 2 'out of memory'", "out of memory"),
         (1, "ValueError: no", "failed"),
         (-9, "step 3", "timeout"),
     ],
@@ -77,6 +92,69 @@ def test_a_row_that_fails_is_recorded_with_how(tmp_path, monkeypatch, code, text
     found = run_row(ROW, tmp_path, 1.0)
     assert (found["outcome"], found["exit_code"], found["passed"]) == (outcome, code, False)
     assert text in found["error"]
+
+
+def test_a_row_that_hangs_after_its_steps_keeps_its_figures_and_does_not_pass(
+    tmp_path, monkeypatch
+) -> None:
+    def run(arguments: list[str], log: Path, timeout_seconds: float) -> int:
+        (folder,) = (Path(a.partition("=")[2]) for a in arguments if "dump_folder" in a)
+        folder.mkdir()
+        file = write_metrics(folder)
+        file.write_text("".join(file.read_text().splitlines(True)[:num_steps]) + '{"step": 2')
+        log.write_text("done")
+        return -9
+
+    monkeypatch.setattr(measure, "run_logged", run)
+    num_steps, row = 25, replace(ROW, floor_tokens_per_second=1.0)
+    found = run_row(row, tmp_path, 1.0)
+    assert (found["outcome"], found["passed"]) == ("timeout", False)
+    assert found["tokens_per_second_per_gpu"] == round(400 / 1.7, 1)
+    ended = {**record(a=100.0)["rows"][0], "outcome": "timeout"}
+    after = {**record(), "rows": [ended]}
+    assert compare(record(a=100.0), after)[1] is False
+    assert "| 100 (timeout) |" in table([after])
+    num_steps = 24
+    assert "tokens_per_second_per_gpu" not in run_row(row, tmp_path, 1.0)
+
+
+def test_the_line_about_memory_is_kept_wherever_it_is(tmp_path: Path) -> None:
+    log, line = tmp_path / "log", "[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried"
+    other = "[rank0]: NCCL watchdog\n" * 200
+    for text in (f"begin\n{line}\n{other}", f"{other}{LAUNCHER_REPORT}] Sending\n{line}\n{other}"):
+        log.write_text(text)
+        found = measure.outcome(1, log)
+        assert found["outcome"] == "out of memory"
+        assert found["error"].startswith(f"{line}\n")
+        assert found["error"].endswith("NCCL watchdog\n")
+
+
+STARTS_A_SESSION = "setsid sleep 60 & echo $!; wait"  # as torchrun starts each rank
+
+
+def is_running(log: Path) -> bool:
+    try:
+        return psutil.Process(int(log.read_text())).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_a_command_started_ends_with_it_when_time_is_up_or_this_process_is_ended(
+    tmp_path: Path,
+) -> None:
+    log, before = tmp_path / "log", [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
+    assert run_logged(["sh", "-c", STARTS_A_SESSION], log, 0.3) == -signal.SIGKILL
+    assert not is_running(log)
+    try:
+        end_on_signals()
+        killer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+        killer.start()
+        with pytest.raises(SystemExit, match="143"):
+            run_logged(["sh", "-c", STARTS_A_SESSION], log, 30.0)
+        assert not is_running(log)
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_idle_time_is_what_no_kernel_covers_and_collectives_hide_nothing() -> None:

@@ -189,7 +189,10 @@ LOW_PRECISION_CASES = {
         allowed="optimizer.name=AdamW8bit",
         facts={"missing": frozenset({"torchao"})},
     ),
-    "four_bits_where_nothing_is_frozen": Case(refused="model.converters=nf4", allowed=FOUR_BITS),
+    "four_bits_where_nothing_is_frozen": Case(
+        refused="model.converters=nf4 validation.only checkpoint.enable",
+        allowed=f"{FOUR_BITS} validation.only checkpoint.enable",
+    ),
     "four_bits_with_tensor_parallelism": Case(
         refused=f"{FOUR_BITS} parallelism.tensor_parallel_degree=2",
         allowed=f"{FOUR_BITS} parallelism.data_parallel_shard_degree=2",

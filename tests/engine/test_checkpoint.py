@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.optim import AdamW
 
 from engine.checkpoint import Checkpointer
-from engine.checkpoint_state import model_tensors
+from engine.checkpoint_state import model_tensors, refuse_other_model
 from engine.manifest import read_manifest, steps_in
 from tests.engine.checkpoint_cases import (
     FILES,
@@ -152,6 +157,19 @@ def test_a_checkpoint_of_another_dtype_is_refused(tmp_path: Path, dtype: torch.d
     with pytest.raises(ValueError, match=r"0\.weight is torch\.float32 in the .*, torch\.\w+ here"):
         checkpointer.load(toy(dtype=dtype))
     checkpointer.close()
+
+
+@pytest.mark.parametrize(("saved", "here"), [("rows", "values"), ("values", "rows")])
+def test_weights_packed_in_four_bits_on_one_side_are_refused_with_the_way_to_the_other(
+    tmp_path: Path, saved: str, here: str
+) -> None:
+    size, remedy = torch.Size([4, 36]), {"rows": "last_save_in_hf", "values": "convert_dcp_to_hf"}
+    dtypes = {"rows": torch.uint8, "values": torch.float32}
+    properties = TensorProperties(dtype=dtypes[saved])
+    entry = TensorStorageMetadata(properties=properties, size=size, chunks=[])
+    tensors = {"0.weight": torch.zeros(size, dtype=dtypes[here])}
+    with pytest.raises(ValueError, match=rf"0\.weight (.|\n)*nf4(.|\n)*{remedy[saved]}"):
+        refuse_other_model(tensors, Metadata({"0.weight": entry}), tmp_path, any_dtype=True)
 
 
 def test_a_position_in_other_data_is_refused_unless_excluded(tmp_path: Path) -> None:

@@ -117,8 +117,10 @@ def _kept_weights(model: nn.Module, dims: ParallelDims) -> int:
     return held
 
 
-def save_steps(rank: int, world_size: int, kind: str, folder: Path, last: int) -> list[Tensor]:
-    """Train to step 2 or go on from it to step `last`, which is saved; return what there is then.
+def save_steps(
+    rank: int, world_size: int, kind: str, folder: Path, last: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Train to step 2 and save it, or read it, and go on to step `last`; return what both hold.
 
     `kind` is float8 or nf4, both with 8-bit state.
     """
@@ -130,23 +132,27 @@ def save_steps(rank: int, world_size: int, kind: str, folder: Path, last: int) -
     config = OptimizerConfig(name="AdamW8bit", lr=1e-2)
     state = TrainingState(model=model, optimizer=build_optimizer(model.named_parameters(), config))
     ranks = RankGroup()
-    first = 0
+
+    def train_steps(num_steps: int) -> list[Tensor]:
+        assert state.optimizer is not None
+        for _ in range(num_steps):
+            train(model, dims, case, WIDE)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+        slots = [v for one in state.optimizer.state.values() for _, v in sorted(one.items())]
+        values = [full_precision(p.detach()) for p in model.parameters()]
+        return [whole(tensor) for tensor in (*values, *slots)]
+
     if folder.exists():
         restore(state, folder, ranks, parts=("model", "optimizer"), widen=False)
-        first = 2
-    assert state.optimizer is not None
-    for step in range(first, last):
-        train(model, dims, case, WIDE)
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        if step == 1 and first == 0:
-            tensors = {n: t for n, t in collect(state, rank).items() if not n.startswith("rng.")}
-            assert all(type(local_part(t)) is Tensor for t in tensors.values())
-            if rank == 0:
-                folder.mkdir()
-            ranks.gather(None)
-            write_tensors(tensors, folder, ranks)
+        saved = train_steps(0)
+    else:
+        saved = train_steps(2)
+        tensors = {n: t for n, t in collect(state, rank).items() if not n.startswith("rng.")}
+        assert all(type(local_part(t)) is Tensor for t in tensors.values())
+        if rank == 0:
+            folder.mkdir()
+        ranks.gather(None)
+        write_tensors(tensors, folder, ranks)
     ranks.close()
-    slots = [v for one in state.optimizer.state.values() for _, v in sorted(one.items())]
-    values = [full_precision(p.detach()) for p in model.parameters()]
-    return [whole(tensor) for tensor in (*values, *slots)]
+    return saved, train_steps(last - 2)

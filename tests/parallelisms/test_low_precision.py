@@ -11,14 +11,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from engine.cli import load_config
+from engine.low_precision import float8_of
 from engine.optim import OptimizerConfig, build_optimizer
 from engine.verify.case import parse
 from engine.verify.parity import build_case, train
 from models.decoder import DecoderLM
 from parallelisms.low_precision import (
+    _MEANS,
     CODES,
     AdamW8bit,
     Float8,
+    _mean,
     convert_linears,
     refuse_other_state,
     zeros_by_rows,
@@ -107,6 +111,18 @@ def test_layers_that_cannot_be_float8_stay_with_a_reason():
         convert(replace(ROWWISE, left_out=("layers",)))
 
 
+@pytest.mark.parametrize(("seq_len", "pads"), [(32, False), (24, True)])
+def test_products_over_tokens_are_padded_unless_every_row_has_a_multiple(seq_len, pads):
+    options = ["--model.converters=float8", f"--training.seq_len={seq_len}"]
+    # Four rows of 24 would be a multiple, and two ranks get three of six.
+    rows = ["--training.local_batch_size=4", "--training.global_batch_size=6"]
+    found = float8_of(
+        load_config(["--job.config_file=train_configs/debug_model.toml", *options, *rows])
+    )
+    assert found is not None
+    assert found.pads_tokens is pads
+
+
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
@@ -115,10 +131,12 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
 def test_a_resumed_run_goes_on_exactly_also_on_another_number_of_ranks(
     kind: str, ranks: RankPool, tmp_path: Path
 ):
-    expected = ranks(2, cases.save_steps, kind, tmp_path / "step", 3)[0]
-    assert equal(ranks(2, cases.save_steps, kind, tmp_path / "step", 3)[0], expected)
-    saved = ranks(2, cases.save_steps, kind, tmp_path / "step", 2)[0]
-    assert equal(ranks(1, cases.save_steps, kind, tmp_path / "step", 2)[0], saved)
+    saved, expected = ranks(2, cases.save_steps, kind, tmp_path / "step", 3)[0]
+    read, resumed = ranks(2, cases.save_steps, kind, tmp_path / "step", 3)[0]
+    assert equal(read, saved)
+    assert equal(resumed, expected)
+    assert not equal(resumed, saved)
+    assert equal(ranks(1, cases.save_steps, kind, tmp_path / "step", 2)[0][0], saved)
 
 
 def noisy_losses(name: Literal["AdamW", "AdamW8bit"]) -> tuple[list[float], Optimizer]:
@@ -149,6 +167,29 @@ def test_eight_bit_state_follows_adamw_at_a_quarter_of_its_memory():
     size = sum(slot.numel() * slot.element_size() for slot in matrix.values())
     assert size / (256 * 32) < 2.2
     assert set(small) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_state_that_adamw_saved_becomes_bytes_and_other_state_stays():
+    sizes, values = ((16, 512), (4, 256), (8192,)), torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(size, generator=values)) for size in sizes]
+    plain = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=values)
+    plain.step()
+    groups = [{"params": parameters}]
+    optimizer = AdamW8bit(groups, lr=1.0, betas=(0.9, 0.9), eps=1.0)
+    optimizer.load_state_dict(
+        {**plain.state_dict(), "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    matrix, *others = (optimizer.state[parameter] for parameter in parameters)
+    assert matrix["exp_avg" + CODES].dtype == torch.uint8
+    assert matrix["step"] == 1.0
+    for name, is_signed in _MEANS:
+        expected = plain.state[parameters[0]][name]
+        error = (_mean(matrix, name, is_signed).dequantize() - expected).abs().max()
+        assert error < 0.02 * expected.abs().max()
+        for slots, parameter in zip(others, parameters[1:], strict=True):
+            assert torch.equal(slots[name], plain.state[parameter][name])
 
 
 def test_state_that_another_optimizer_or_layout_cannot_read_is_refused():
