@@ -265,6 +265,7 @@ def _say_what_next(run: Run) -> None:
     if config.metrics.enable_tensorboard:
         print(f"  curves:      tensorboard --logdir {folder.path / config.metrics.save_tb_folder}")
     adapters, in_hf = config.adapter.specs, config.checkpoint.initial_load_in_hf
-    is_usable = not adapters or config.adapter.merge_export or (len(adapters) == 1 and in_hf)
-    if is_exported(folder.hf) and is_usable:
+    only_adapters = bool(adapters) and not config.adapter.merge_export
+    is_usable = not only_adapters or (len(adapters) == 1 and in_hf)
+    if is_usable and is_exported(folder.hf, only_adapters=only_adapters):
         print(f'  complete:    python scripts/generate.py --model {folder.hf} --prompt "def "')
