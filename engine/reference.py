@@ -163,8 +163,8 @@ def refuse_other_reference(found: Origin | None, config: JobConfig, own: Source)
         f"objective.reference_path = {config.objective.reference_path!r}: {own.path} was trained "
         f"against {saved['name']} with weights {saved['weights'][:12]}, and this run would compare "
         f"with {found.name}, {found.weights[:12]}; give objective.reference_path the folder that "
-        "it was trained against (initial values: the settings that it started with), or start anew "
-        "in another job.dump_folder"
+        "it was trained against (initial values, or adapters: the settings that it started with, "
+        "adapter.path too), or start anew in another job.dump_folder"
     )
 
 
