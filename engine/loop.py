@@ -42,7 +42,7 @@ def fit(config: JobConfig) -> None:
         print(
             f"This run is finished: step {finished} in {folder.checkpoints} holds the model alone "
             "(checkpoint.last_save_model_only). To train it on from the last full step, set "
-            "checkpoint.load_step"
+            "checkpoint.load_step; scripts/convert_dcp_to_hf.py makes a Hugging Face folder of it"
         )
         return
     differences = folder.check_reuse(config, launched_world_size())
