@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 
-from engine.checkpoint_search import Source
+from engine.checkpoint_search import Source, verify_or_refuse
 from engine.checkpoint_state import base_tensors, model_tensors, refuse_other_model, saved_identity
-from engine.checkpoint_storage import read_metadata, read_tensors
+from engine.checkpoint_storage import RankGroup, read_metadata, read_tensors
 from engine.hf_weights import HfWeights, refuse_other_weights
 from engine.origin import weights_digest
 from models.adapters import AdapterSpec
@@ -99,6 +99,8 @@ def _refuse_other_base(step: Path, path: Path, base: Mapping[str, str]) -> None:
     if not path.is_dir():
         raise ValueError(f"{step} adapts the weights in {path}, which is not there; {remedy}")
     kind = "hf" if base["kind"] == "hf" else "initial"
+    if kind == "initial":
+        verify_or_refuse(path, RankGroup(), model_suffices=True)
     found = weights_digest(Source(kind=kind, path=path, step=0, only_model=True), {}, None)
     if found != base["weights"]:
         raise ValueError(

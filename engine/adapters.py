@@ -108,7 +108,8 @@ class AdapterConfig(OneAdapterConfig):
     of the weights (dora); none trains the model itself."""
 
     merge_export: bool = False
-    """Export a complete model with the adapters in its weights, in place of the adapters alone."""
+    """Export a complete model with the adapters in its weights, in place of the adapters alone. The
+    base's weights are those that the run computes with: rounded, or dequantised from four bits."""
 
     more: list[OneAdapterConfig] = field(default_factory=list[OneAdapterConfig])
     """Further adapters that are trained at once, `[[adapter.more]]`, each with a name of its own

@@ -238,10 +238,12 @@ class Checkpointer:
             self._ranks.close()
 
     def make_up_export(self, state: TrainingState) -> None:
-        """Export now if the last save should have and was cut off before it could."""
-        config = self._config
-        wanted = config.enable and config.last_save_in_hf and not config.load_only
-        if wanted and not self._ranks.on_first(lambda: is_exported(self._hf_folder)):
+        """Export now if the last save should have, and was cut off or made the other kind."""
+        config, hf = self._config, self._hf
+        if not (config.enable and config.last_save_in_hf) or config.load_only:
+            return
+        adapters = hf is not None and hf.only_adapters
+        if not self._ranks.on_first(lambda: is_exported(self._hf_folder, only_adapters=adapters)):
             self._export(state)
 
     def _export(self, state: TrainingState) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from engine.checkpoint_storage import RankGroup
 from engine.manifest import (
+    MANIFEST_NAME,
     DamagedCheckpoint,
     Manifest,
     UnfinishedCheckpoint,
@@ -166,7 +167,8 @@ def initial_step(
     key: str = "checkpoint.initial_load_path",
 ) -> tuple[Path, Manifest]:
     """Return the step at `path`, which is a step folder or a folder of steps; `key` names it."""
-    if not ranks.on_first(lambda: bool(steps_in(path))):
+    is_step = ranks.on_first(lambda: not steps_in(path) and (path / MANIFEST_NAME).is_file())
+    if is_step:
         return path, verify_or_refuse(path, ranks, model_suffices=model_suffices)
     found = newest_step(path, ranks, model_suffices=model_suffices, tidy=False)
     if found is None:

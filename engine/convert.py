@@ -44,8 +44,8 @@ from engine.hf_io import (
 )
 from engine.hf_weights import HfWeights, refuse_other_weights
 from engine.manifest import Manifest, commit, refuse_small_disk, write_synced
-from engine.peft_export import write_adapters
-from engine.peft_io import is_adapter_folder, load_with_peft
+from engine.peft_export import place_of, write_adapters
+from engine.peft_io import load_with_peft
 from engine.provenance import HF_PREFIX, checkpoint_files
 from models.adapters import AdapterSpec, adapt
 from models.initialise import initial_values
@@ -93,7 +93,7 @@ def find_step(checkpoint: Path) -> Path:
             f"{checkpoint} is not a folder; give a checkpoint step or a folder of them"
         )
     ranks = RankGroup()
-    return initial_step(checkpoint, ranks, model_suffices=True)[0]
+    return initial_step(checkpoint, ranks, model_suffices=True, key="CHECKPOINT")[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +224,7 @@ def compare_logits(step: Path, exported: Path, dtype: torch.dtype) -> Difference
     """Compare our model, filled from the step, with what transformers loads from the export.
 
     Both compute in fp32 from parameters rounded to `dtype`, on random tokens, one after the other.
-    Where the export is an adapter, transformers has PEFT adapt the base. In fp32 our adapters are
+    Where the export is of adapters, transformers has PEFT adapt the base. In fp32 our adapters are
     beside the weights also where the export has merged them.
     """
     described = _described(step)
@@ -232,13 +232,13 @@ def compare_logits(step: Path, exported: Path, dtype: torch.dtype) -> Difference
     generator = torch.Generator().manual_seed(_SEED)
     tokens_BT = torch.randint(vocab_size, (_ROWS, _TOKENS), generator=generator)
     positions_BT = torch.arange(_TOKENS).expand(_ROWS, _TOKENS)
-    with (
-        _filled(described, step, dtype, is_merged=not is_adapter_folder(exported)),
-        torch.no_grad(),
-    ):
+    is_whole = (exported / CONFIG_NAME).is_file()
+    places = {spec.name: place_of(spec, described.specs) for spec in described.specs}
+    adapters = {} if is_whole else {name: exported / place for name, place in places.items()}
+    with _filled(described, step, dtype, is_merged=is_whole), torch.no_grad():
         ours = model(tokens_BT, positions_BT=positions_BT).float()
     del model, described
-    return difference_of(ours, _transformers_logits(exported, tokens_BT))
+    return difference_of(ours, _transformers_logits(exported, adapters, tokens_BT))
 
 
 def _filled(
@@ -263,11 +263,11 @@ def _filled(
     return adapters_disabled(model) if is_merged else nullcontext()
 
 
-def _transformers_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
+def _transformers_logits(folder: Path, adapters: Mapping[str, Path], tokens_BT: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM  # slow to import and only needed here
 
-    if is_adapter_folder(folder):
-        model = load_with_peft(folder)
+    if adapters:
+        model = load_with_peft(adapters)
     else:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():

@@ -67,6 +67,11 @@ class HfAssets:
     adapters: AdapterAssets | None = None
     """Where adapters are trained."""
 
+    @property
+    def only_adapters(self) -> bool:
+        """Whether an export is of the adapters and not of a whole model."""
+        return self.adapters is not None and not self.adapters.merge
+
 
 def read_hf_config(folder: Path | str) -> dict[str, object]:
     """Return the content of a folder's config.json; a ValueError says what is wrong with it."""
@@ -287,7 +292,9 @@ class FolderWriter:
             files = {**files, INDEX_NAME: json.dumps(index, indent=2, sort_keys=True).encode()}
         for name, content in files.items():
             write_synced(self._temporary / name, content)
-        sync_folder(self._temporary)
+        for entry in [*self._temporary.rglob("*"), self._temporary]:
+            if entry.is_dir():
+                sync_folder(entry)
         old = set_aside(self._folder, "old") if self._folder.exists() else None
         self._temporary.rename(self._folder)
         sync_folder(self._folder.parent)

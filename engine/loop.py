@@ -42,7 +42,7 @@ def fit(config: JobConfig) -> None:
         print(
             f"This run is finished: step {finished} in {folder.checkpoints} holds the model alone "
             "(checkpoint.last_save_model_only). To train it on from the last full step, set "
-            "checkpoint.load_step"
+            "checkpoint.load_step; scripts/convert_dcp_to_hf.py makes a Hugging Face folder of it"
         )
         return
     differences = folder.check_reuse(config, launched_world_size())
@@ -265,6 +265,7 @@ def _say_what_next(run: Run) -> None:
     if config.metrics.enable_tensorboard:
         print(f"  curves:      tensorboard --logdir {folder.path / config.metrics.save_tb_folder}")
     adapters, in_hf = config.adapter.specs, config.checkpoint.initial_load_in_hf
-    is_usable = not adapters or config.adapter.merge_export or (len(adapters) == 1 and in_hf)
-    if is_exported(folder.hf) and is_usable:
+    only_adapters = bool(adapters) and not config.adapter.merge_export
+    is_usable = not only_adapters or (len(adapters) == 1 and in_hf)
+    if is_usable and is_exported(folder.hf, only_adapters=only_adapters):
         print(f'  complete:    python scripts/generate.py --model {folder.hf} --prompt "def "')

@@ -14,7 +14,7 @@ from engine.checkpoint_state import kept_tensors, model_tensors
 from engine.checkpoint_storage import RankGroup
 from engine.hf_io import CONFIG_NAME as MODEL_CONFIG_NAME
 from engine.hf_io import AdapterAssets, FolderWriter, HfAssets, asset_files, export, whole
-from engine.peft_io import CONFIG_NAME, WEIGHTS_NAME, is_adapter_folder
+from engine.peft_io import CONFIG_NAME, WEIGHTS_NAME, adapters_below, is_adapter_folder
 from engine.peft_names import Joint, file_tensors, join_up, joined_modules, joints_of, our_names
 from models.adapters import AdapterSpec
 from models.layers.lora import LowRank
@@ -31,8 +31,7 @@ def export_trained(
 
     Every rank must call this.
     """
-    is_whole = assets.adapters is None or assets.adapters.merge
-    write = export if is_whole else export_adapters
+    write = export_adapters if assets.only_adapters else export
     write(model, folder, assets, dtype=dtype, ranks=ranks)
 
 
@@ -64,13 +63,11 @@ def place_of(spec: AdapterSpec, specs: Sequence[AdapterSpec]) -> PurePosixPath:
     return PurePosixPath() if is_alone else PurePosixPath(spec.name)
 
 
-def is_exported(folder: Path) -> bool:
-    """Say whether a run has left its export in a folder: a model, or adapters."""
-    if not folder.is_dir():
-        return False
-    places = [folder, *(place for place in folder.iterdir() if place.is_dir())]
-    is_model = (folder / MODEL_CONFIG_NAME).is_file()
-    return is_model or any(map(is_adapter_folder, places))
+def is_exported(folder: Path, *, only_adapters: bool) -> bool:
+    """Say whether a run has left an export in a folder: of a whole model, or of its adapters."""
+    if not only_adapters:
+        return (folder / MODEL_CONFIG_NAME).is_file()
+    return is_adapter_folder(folder) or bool(adapters_below(folder))
 
 
 def write_adapters(

@@ -44,7 +44,7 @@ UNFELT = frozenset(
         *("revision", "task_type", "megatron_core", "qalora_group_size", "lora_dropout"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
-        *("init_lora_weights", "runtime_config", "ensure_weight_tying"),
+        *("init_lora_weights", "eva_config", "runtime_config", "ensure_weight_tying"),
     }
 )
 """Keys of adapter_config.json that are read, seen in the tensors, or without effect on them."""
@@ -56,6 +56,11 @@ KEEPS_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 def is_adapter_folder(folder: Path | str) -> bool:
     """Say whether a folder holds an adapter in PEFT's format."""
     return (Path(folder) / CONFIG_NAME).is_file()
+
+
+def adapters_below(folder: Path) -> list[Path]:
+    """List the adapters in folders inside this one, where PEFT keeps those with other names."""
+    return sorted(file.parent for file in folder.glob(f"*/{CONFIG_NAME}"))
 
 
 class AdapterFolder:
@@ -274,8 +279,11 @@ def merge_into(model: nn.Module, folder: AdapterFolder, key_map: KeyMap) -> None
                 part.copy_(value)
 
 
-def load_with_peft(folder: Path) -> Any:
-    """Return the base of an adapter as transformers loads it, adapted by the package peft."""
+def load_with_peft(folders: Mapping[str, Path]) -> Any:
+    """Return the base of adapters as transformers loads it, all of them added by the package peft.
+
+    `folders` is where each of them lies, by its name.
+    """
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -285,9 +293,14 @@ def load_with_peft(folder: Path) -> Any:
         ) from error
     from transformers import AutoModelForCausalLM
 
+    (name, folder), *others = folders.items()
     base = AdapterFolder(folder, key="--verify").base_folder
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    for other, its_folder in others:
+        model.load_adapter(str(its_folder), other)
+    model.base_model.set_adapter(list(folders))
+    return model.eval()
 
 
 def read_adapters(

@@ -29,7 +29,7 @@ from engine.data.cache import build_once, cache_root, digest_of, is_complete
 from engine.data.loader import DataloaderConfig, validation_batches
 from engine.data.rows import RowSource, TokenRows
 from engine.hf_weights import has_weights
-from engine.low_precision import float8_of
+from engine.low_precision import float8_of, packs_frozen
 from engine.model import Architecture
 from engine.objectives import Objective
 from engine.objectives import SequenceSum as SumOfSequence
@@ -163,8 +163,8 @@ def refuse_other_reference(found: Origin | None, config: JobConfig, own: Source)
         f"objective.reference_path = {config.objective.reference_path!r}: {own.path} was trained "
         f"against {saved['name']} with weights {saved['weights'][:12]}, and this run would compare "
         f"with {found.name}, {found.weights[:12]}; give objective.reference_path the folder that "
-        "it was trained against (initial values: the settings that it started with), or start anew "
-        "in another job.dump_folder"
+        "it was trained against (initial values, or adapters: the settings that it started with, "
+        "adapter.path too), or start anew in another job.dump_folder"
     )
 
 
@@ -184,10 +184,14 @@ def open_reference(
         return AdaptersOff(model)
     if kind == "online":
         return ReferenceModel(build_reference(policy, found.source))
-    facts = {
+    facts: dict[str, object] = {
         "architecture": architecture.family.config_to_hf(architecture.config),
         "dtype": config.training.mixed_precision_param,
     }
+    if config.model.converters:
+        facts["low_precision"] = [packs_frozen(config), float8_of(config)]
+    if _start_adapters(config):
+        facts["scales"] = [spec.scale for spec in config.adapter.specs]
     settings = Preparation(
         dims=policy.dims,
         device=policy.device,
@@ -227,6 +231,7 @@ def build_reference(policy: Policy, source: Source | None) -> nn.Module:
         compile=config.compile,
         frozen=["regex:.*"],
         float8=float8_of(config),
+        packs_frozen=packs_frozen(config),
     )
     materialise(model, config.training.parameters_on(policy.device), computes_on=policy.device)
     seed = config.debug.effective_seed

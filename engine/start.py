@@ -65,6 +65,8 @@ def build_checkpointer(
 def _adapter_assets(config: JobConfig) -> AdapterAssets | None:
     if not config.adapter.specs:
         return None
+    if config.adapter.merge_export and not config.checkpoint.last_save_in_hf:
+        log.warning("adapter.merge_export has no effect: checkpoint.last_save_in_hf = false")
     folder = start_folder(config) if config.checkpoint.initial_load_in_hf else None
     base = str(Path(folder).expanduser().absolute()) if folder else ""
     if config.checkpoint.last_save_in_hf and not (base or config.adapter.merge_export):

@@ -4,8 +4,10 @@
 
 CHECKPOINT is a step folder, or a folder of them (the newest good one is taken). Of a run that
 trained adapters OUT is a folder that PEFT loads, or with --merge a whole model, for which the
-base must still be where the run had it. Exit code 2 and one message for a mistake, 1 where --verify
-finds the logits apart.
+base must still be where the run had it. --merge adds to the base's weights as its files have
+them; a run with adapter.merge_export adds to them as it computed with them, rounded to
+training.mixed_precision_param or dequantised from four bits (nf4). Exit code 2 and one message
+for a mistake, 1 where --verify finds the logits apart.
 """
 
 import argparse

@@ -19,9 +19,9 @@ import torch
 
 from engine.cli import run_command
 from engine.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from engine.hf_io import read_generation_config, read_hf_config
+from engine.hf_io import CONFIG_NAME, read_generation_config, read_hf_config
 from engine.hf_weights import load_into
-from engine.peft_io import AdapterFolder, is_adapter_folder, merge_into
+from engine.peft_io import AdapterFolder, adapters_below, is_adapter_folder, merge_into
 from models.decoder import DecoderLM
 from models.decoder_config import DecoderConfig
 from models.generate import check_sampling, generate
@@ -73,7 +73,7 @@ def load(folder: Path, *, device: torch.device, dtype: str) -> Loaded:
 
     The folder of an adapter names its base; what it holds of tokenizer and settings goes first.
     """
-    adapter = AdapterFolder(folder, key="--model") if is_adapter_folder(folder) else None
+    adapter = _open_adapter(folder)
     own, folder = folder, adapter.base_folder if adapter else folder
     hf_config = read_hf_config(folder)
     family = family_for_hf(hf_config, or_any=True)
@@ -105,6 +105,22 @@ def load(folder: Path, *, device: torch.device, dtype: str) -> Loaded:
         made_for=getattr(config, "max_position_embeddings", None),
         longest_row=None if is_ours else wrapped.longest_row(model),
     )
+
+
+def _open_adapter(folder: Path) -> AdapterFolder | None:
+    """Return the adapter that a folder holds, if any; further ones below it are only named."""
+    below = ", ".join(path.name for path in adapters_below(folder))
+    all_of_them = "scripts/convert_dcp_to_hf.py --merge writes a model with all adapters of a run"
+    if is_adapter_folder(folder):
+        if below:
+            print(f"note: without the adapters in {below}; {all_of_them}", file=sys.stderr)
+        return AdapterFolder(folder, key="--model")
+    if below and not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"--model {folder} has its adapters in folders of their own, {below}; give one of "
+            f"these ({all_of_them})"
+        )
+    return None
 
 
 def _load_model(

@@ -58,6 +58,11 @@ def open_reader(
         if path:
             return JsonLines(find_files(path, JSON_SUFFIXES, path_key))
         return JsonLines([BUILTIN_RECORDS[dataset](split, root)])
+    if dataset == BUILTIN_DATASET and path:
+        raise ValueError(
+            f"{path_key} = {path!r} would not be read: {dataset_key} = {dataset!r} is the built-in "
+            f"corpus; leave the path out, or set {dataset_key} to 'text', 'jsonl' or what it is"
+        )
     if dataset == BUILTIN_DATASET or (dataset in BUILTIN_ALIASES and not path):
         if dataset != BUILTIN_DATASET:
             log.info("%s = %r stands for %r", dataset_key, dataset, BUILTIN_DATASET)

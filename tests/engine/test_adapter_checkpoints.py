@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +121,47 @@ def test_adapters_start_beside_a_full_checkpoint_and_no_run_starts_from_adapters
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     saved = json.loads((steps_of(home / "dpo") / "step-3" / "counters.json").read_text())
     assert saved["base"]["kind"] == "initial" and saved["base"]["name"].endswith("step-2")
-    convert_dcp_to_hf.main([str(steps_of(home / "dpo")), str(home / "m"), "--merge", "--verify"])
+    merge = [str(steps_of(home / "dpo")), str(home / "m"), "--merge"]
+    convert_dcp_to_hf.main([*merge, "--verify"])
     alone = f"--checkpoint.initial_load_path={steps_of(home / 'dpo')}"
     said = r"step-3 holds adapters alone.*--merge and start from"
     for number, adapter in enumerate([(), DORA]):
         with pytest.raises(ValueError, match=said):
             run(home, f"again{number}", *SAVED, alone, *adapter)
+    base = next((steps_of(home) / "step-2").glob("*.distcp"))
+    content = base.read_bytes()
+    base.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"step-2 is not a usable checkpoint: the content of file"):
+        convert_dcp_to_hf.main([*merge[:1], str(home / "other"), "--merge"])
+    shutil.rmtree(base.parent)
+    with pytest.raises(ValueError, match=r"initial_load_path = '.*' holds no complete step"):
+        run(home, "dpo", *SAVED, start, *DORA, "--training.steps=4")
+
+
+def test_several_adapters_are_verified_together_and_a_finished_run_merges_them_when_asked(
+    home: Path, capsys: pytest.CaptureFixture[str]
+):
+    two = (*FROM_FOLDER, EXPORTED, *DORA, "--adapter.more", "[{name = 'second', rank = 2}]")
+    run(home, "two", *two)
+    (folder,) = (home / "two").glob("run/hf")
+    assert (folder / "second" / "adapter_config.json").is_file()
+    pytest.importorskip("peft")
+    convert_dcp_to_hf.main([str(steps_of(home / "two")), str(home / "a"), "--verify"])
+    prompt = ["--prompt", "word3", "--max_new_tokens", "1"]
+    generate.main(["--model", str(folder), *prompt])
+    assert "note: without the adapters in second; " in capsys.readouterr().err
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="has its adapters in folders of their own, second; give"):
+        generate.main(["--model", str(folder), *prompt])
+    run(home, "two", *two, "--adapter.merge_export")
+    assert (folder / "config.json").is_file() and not (folder / "second").exists()
 
 
 def test_adapters_go_on_from_a_folder_and_are_compared_with_how_they_began(home: Path):
+    """Beside a base in four bits, so that of the reference is packed too."""
     first = run(home, "first", *FROM_FOLDER, EXPORTED, *DORA)
     path = f"--adapter.path={home / 'first' / 'run' / 'hf'}"
-    online = run(home, "online", *FROM_FOLDER, *DORA, path)
+    online = run(home, "online", *FROM_FOLDER, *DORA, path, "--model.converters=nf4")
     assert online[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     off = run(home, "off", *FROM_FOLDER, *DORA, path, "--objective.reference=adapters_off")
     assert off[0]["loss"] < min(0.68, first[1]["loss"])

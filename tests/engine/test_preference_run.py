@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from engine.combinations import refusals
 from engine.loop import fit, objective_row
+from engine.model import find_architecture
 from engine.objectives import dpo
-from engine.reference import Policy, build_reference, find_reference
+from engine.origin import Origin
+from engine.reference import Policy, build_reference, find_reference, open_reference
 from engine.rules import gather_facts
 from models.decoder import DecoderLM
 from models.initialise import initial_values
@@ -175,6 +177,30 @@ def test_a_reference_is_told_apart_by_its_weights_and_by_the_seed_that_draws_the
             found[f"{name} {seed}"] = reference.weights
     assert len({found[f"{one} {seed}"] for one in ("folder", "its copy") for seed in (1, 2)}) == 1
     assert len(set(found.values())) == 5
+
+
+def test_what_a_reference_said_is_kept_apart_by_all_that_it_computes_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tiny_folder(tmp_path / "hf")
+    asked: list[str] = []
+    monkeypatch.setattr("engine.reference.prepare", lambda *a: asked.append(a[2].reference))
+    unread: Any = None
+    adapter = ("--adapter.kind=lora", f"--adapter.path={tmp_path}")
+    for options in (
+        (),
+        ("--training.mixed_precision_param=bfloat16",),
+        ("--model.converters=float8",),
+        ("--model.converters=float8", "--quantize.linear.float8.recipe_name=rowwise"),
+        adapter,
+        (*adapter, "--adapter.alpha=8"),
+    ):
+        own = ("--objective.name=dpo", "--objective.reference=precomputed", *options)
+        config = tiny_config(tmp_path, *own)
+        policy = Policy(config, unread, unread, find_architecture(config.model), unread)
+        found = Origin(source=None, seed=1, is_partly_drawn=False, weights="same")
+        assert open_reference(policy, found, [], unread) is None
+    assert len(set(asked)) == len(asked) == 6
 
 
 def test_preferences_are_refused_of_a_model_that_mixes_the_documents_of_a_row(tmp_path: Path):

@@ -315,6 +315,18 @@ def test_paths_may_be_files_folders_or_patterns_and_missing_ones_are_named(tmp_p
         names(tmp_path / "empty")
 
 
+def test_a_path_beside_the_built_in_corpus_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^validation\.dataset_path = 'own' would not be read"):
+        open_reader(
+            "python_stdlib",
+            "own",
+            split="validation",
+            text_field="text",
+            only_text=True,
+            root=tmp_path,
+        )
+
+
 @pytest.mark.parametrize("dataset", BUILTIN_RECORDS)
 def test_json_lines_take_the_place_of_the_built_in_chats_and_pairs(tmp_path: Path, dataset: str):
     write_lines(tmp_path / "own.jsonl", ['{"text": "own"}'])
