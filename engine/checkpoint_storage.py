@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
-from engine.distributed import STORAGE_GROUP
+from engine.distributed import STORAGE_GROUP, cores_of_rank
 from engine.manifest import DIGEST_BYTES, CheckpointError, FaultHook, FileRecord, no_fault
 
 _MAX_WRITE_THREADS = 4
@@ -182,11 +182,6 @@ class _DigestFileSystem(FileSystem):
         self.records[Path(new_path).name] = self.records.pop(Path(path).name)
 
 
-def _write_threads() -> int:
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MAX_WRITE_THREADS, (os.cpu_count() or 1) // local_world_size))
-
-
 def write_tensors(
     tensors: Mapping[str, Tensor],
     folder: Path,
@@ -203,7 +198,7 @@ def write_tensors(
     writer = FileSystemWriter(
         folder,
         single_file_per_rank=not one_file_per_tensor,
-        thread_count=_write_threads(),
+        thread_count=min(_MAX_WRITE_THREADS, cores_of_rank()),
         per_thread_copy_ahead=0,
     )
     files = _DigestFileSystem(hook)

@@ -121,6 +121,12 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def cores_of_rank() -> int:
+    """Return this rank's share of the CPU cores that may be used on its machine; at least 1."""
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """Return this rank's device; `auto` takes CUDA where every local rank has a GPU."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

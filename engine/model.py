@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from engine.distributed import cores_of_rank
 from engine.hf_io import CONFIG_NAME, read_hf_config
 from models.attention import unsupported_reason
 from models.initialise import initial_values
@@ -98,8 +99,9 @@ class Architecture:
 
     def initial_values(self, model: nn.Module, *, seed: int) -> Draw:
         """Return the function that draws part of a named parameter of `model`."""
-        draw = self.family.initial_values or initial_values
-        return draw(model, self.config, seed=seed)
+        if self.family.initial_values is not None:
+            return self.family.initial_values(model, self.config, seed=seed)
+        return initial_values(model, self.config, seed=seed, num_threads=cores_of_rank())
 
 
 def find_architecture(config: ModelConfig) -> Architecture:

@@ -7,6 +7,7 @@ holds a part draws only the blocks it touches and gets the bits that one process
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,9 +39,9 @@ class InitialRule:
 
 
 def initial_values(
-    model: nn.Module, config: DecoderConfig, *, seed: int
+    model: nn.Module, config: DecoderConfig, *, seed: int, num_threads: int = 1
 ) -> Callable[[str, Sequence[slice]], Tensor]:
-    """Return the function that draws part of a named parameter of `model`.
+    """Return the function that draws part of a named parameter of `model`, in so many threads.
 
     The model may be on the meta device and may be split; names and whole shapes are what counts.
     """
@@ -48,7 +49,8 @@ def initial_values(
     rules = {name: initial_rule(model, config, name) for name in parameters}
 
     def draw(name: str, slices: Sequence[slice]) -> Tensor:
-        return initial_slice(name, parameters[name].shape, rules[name], slices, seed)
+        shape, rule = parameters[name].shape, rules[name]
+        return initial_slice(name, shape, rule, slices, seed, num_threads=num_threads)
 
     return draw
 
@@ -100,7 +102,13 @@ def adapter_values(model: nn.Module, *, seed: int) -> Callable[[str, Sequence[sl
 
 
 def initial_slice(
-    name: str, shape: Sequence[int], rule: InitialRule, slices: Sequence[slice], seed: int
+    name: str,
+    shape: Sequence[int],
+    rule: InitialRule,
+    slices: Sequence[slice],
+    seed: int,
+    *,
+    num_threads: int = 1,
 ) -> Tensor:
     """Return a rectangular part of a parameter; fp32, on the CPU.
 
@@ -112,19 +120,32 @@ def initial_slice(
         return torch.full(sizes, 1.0 if rule.kind == "ones" else 0.0)
     part = torch.empty(sizes)
     rows, inner = ranges[0], tuple(slices[1:])
-    for block in range(rows.start // BLOCK_ROWS, math.ceil(rows.stop / BLOCK_ROWS)):
+
+    def draw_block(block: int) -> None:
         first = block * BLOCK_ROWS
         last = min(first + BLOCK_ROWS, shape[0])
-        draw = torch.randn if rule.kind == "normal" else torch.rand
-        values = draw(
-            (last - first, *shape[1:]), generator=_generator(seed, name, block), device="cpu"
-        )
+        generator = _generator(seed, name, block)
+        values = _draw(rule, (last - first, *shape[1:]), generator)
         start, stop = max(first, rows.start), min(last, rows.stop)
         wanted = values[(slice(start - first, stop - first), *inner)]
         part[start - rows.start : stop - rows.start] = wanted
-    return (
-        part.mul_(rule.std) if rule.kind == "normal" else part.mul_(2.0).sub_(1.0).mul_(rule.bound)
-    )
+
+    blocks = range(rows.start // BLOCK_ROWS, math.ceil(rows.stop / BLOCK_ROWS))
+    if num_threads == 1:
+        for block in blocks:
+            draw_block(block)
+        return part
+    with ThreadPoolExecutor(num_threads) as pool:  # torch lets go of the interpreter's lock
+        for _ in pool.map(draw_block, blocks):
+            pass
+    return part
+
+
+def _draw(rule: InitialRule, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if rule.kind == "normal":
+        return torch.randn(size, generator=generator, device="cpu").mul_(rule.std)
+    uniform = torch.rand(size, generator=generator, device="cpu")
+    return uniform.mul_(2.0).sub_(1.0).mul_(rule.bound)
 
 
 def _generator(seed: int, name: str, block: int) -> torch.Generator:

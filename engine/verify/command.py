@@ -49,8 +49,15 @@ def parser() -> argparse.ArgumentParser:
     plans.add_argument(
         "--all", action="store_true", help="every layout that divides the ranks (the default)"
     )
+    plans.add_argument(
+        "--short",
+        action="store_true",
+        help="eager plans: every layout that keeps rows whole, each mode of context parallelism",
+    )
     found.add_argument(
-        "--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="what the plans train on"
+        "--objective",
+        default=OBJECTIVES[0],
+        help=f"what the plans train on, with commas: {', '.join(OBJECTIVES)}",
     )
     found.add_argument("--model", default="", help="family, family:size or folder; shrunk")
     found.add_argument("--ranks", type=int, help=f"default: one a GPU, or {CPU_RANKS} on the CPU")
@@ -106,8 +113,7 @@ def main(arguments: list[str]) -> int:
 def resolve(options: argparse.Namespace) -> Request:
     """Decide ranks, device, model and plans; ValueError for a mistake of the user."""
     case = parse(options.plan) if options.plan is not None else None
-    if case is not None and options.objective != OBJECTIVES[0]:
-        case = replace(case, objective=options.objective)
+    objectives = _objectives(options.objective)
     fault = options.fault
     find_fault(fault)
     if case is None and fault is not None and not options.all:
@@ -117,7 +123,11 @@ def resolve(options: argparse.Namespace) -> Request:
     subject = subject.for_ranks(world_size)
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     rules = Rules.of(subject, device_type, num_local_ranks)
-    plans = _plans(case, rules, world_size, options)
+    plans = PlanList()
+    for objective in objectives:
+        listed = _plans(case, objective, rules, world_size, options)
+        plans.cases.extend(listed.cases)
+        plans.refused.update(listed.refused)
     if fault is not None:
         plans = PlanList(cases=[one for one in plans.cases if FAULTS[fault].applies(one)])
         if not plans.cases:
@@ -172,18 +182,36 @@ def find_place(options: argparse.Namespace, case: Case | None, cpu_ranks: int) -
     return ("cuda" if on_cuda else "cpu"), world_size
 
 
+def _objectives(text: str) -> list[str]:
+    """Return what `--objective` names; ValueError for a word that is none."""
+    found = text.split(",")
+    for name in found:
+        if name not in OBJECTIVES:
+            raise ValueError(
+                f"--objective {name!r} is not known; {suggestion(name, OBJECTIVES)}use one or more "
+                f"of {', '.join(OBJECTIVES)}, with commas"
+            )
+    return found
+
+
 def _plans(
-    case: Case | None, rules: Rules, world_size: int, options: argparse.Namespace
+    case: Case | None, objective: str, rules: Rules, world_size: int, options: argparse.Namespace
 ) -> PlanList:
-    """Return the one plan that was asked for, or all of them."""
+    """Return the one plan that was asked for, or all of them, with an objective."""
     config = rules.subject.config
-    fixed: dict[str, object] = {"objective": options.objective}
+    fixed: dict[str, object] = {"objective": objective}
     if options.model:
         fixed |= {"tied": config.tie_word_embeddings, "bias": False}
     if case is None:
         return list_plans(
-            world_size, device_type=rules.device_type, refusal=rules.refusal, fixed=fixed
+            world_size,
+            device_type=rules.device_type,
+            refusal=rules.refusal,
+            fixed=fixed,
+            is_short=options.short,
         )
+    if objective != OBJECTIVES[0]:
+        case = replace(case, objective=objective)
     reason = rules.refusal(case)
     if reason is not None:
         raise ValueError(f"--plan {case} is refused: {reason}")

@@ -36,6 +36,12 @@ def test_any_cut_along_columns_and_rows_joins_to_the_same_bits():
             assert torch.equal(part, expected[rows, columns])
 
 
+def test_threads_draw_the_same_bits():
+    for rule in (NORMAL, InitialRule(kind="uniform", bound=0.1)):
+        everything = ("model.x.weight", SHAPE, rule, (slice(3, 190),), 1)
+        assert torch.equal(initial_slice(*everything, num_threads=4), initial_slice(*everything))
+
+
 def test_an_empty_part_is_empty():
     part = initial_slice("model.x.weight", SHAPE, NORMAL, (slice(SHAPE[0], SHAPE[0]),), 1)
     assert part.shape == (0, SHAPE[1])
