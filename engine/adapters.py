@@ -61,6 +61,11 @@ class OneAdapterConfig:
                 f"adapter.name = {self.name!r} may hold only letters, digits, '_' and '-', and not "
                 "be empty; give another"
             )
+        if hasattr(nn.ModuleDict(), self.name):
+            raise ValueError(
+                f"adapter.name = {self.name!r} is what torch calls a part of every module; give "
+                f"another, such as {self.name + '_1'!r}"
+            )
         remedies = {
             "rank": None if self.rank >= 1 else "at least 1, such as 16",
             "alpha": None if 0.0 < self.alpha < math.inf else "a positive number, such as 32",
@@ -117,12 +122,20 @@ class AdapterConfig(OneAdapterConfig):
 
     def __post_init__(self) -> None:
         OneAdapterConfig.__post_init__(self)  # slots leave `super()` without its class
-        idle = [f.name for f in fields(self) if getattr(self, f.name) != _default(f)]
-        if self.kind == "none" and set(idle) - {"more"}:
-            name = next(name for name in idle if name != "more")
+        given = [f.name for f in fields(self) if getattr(self, f.name) != _default(f)]
+        apart = {"more", "merge_export"} if self.more else {"more"}
+        idle = [name for name in given if name not in apart]
+        if self.kind == "none" and idle:
+            name = idle[0]
             raise ValueError(
                 f"adapter.{name} = {getattr(self, name)!r} has no effect: adapter.kind = 'none'; "
                 "set adapter.kind = 'lora' or 'dora', or leave it out"
+            )
+        nothing = [one.name for one in self.more if one.kind == "none"]
+        if nothing:
+            raise ValueError(
+                f"adapter.more: kind = 'none' of the adapter {nothing[0]!r} has no effect; set it "
+                "to 'lora' or 'dora', or take the adapter out"
             )
         counts = Counter(spec.name for spec in self.specs)
         twice = [name for name, count in counts.items() if count > 1]

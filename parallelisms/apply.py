@@ -61,7 +61,9 @@ def parallelize(
     resolved = resolve(model, plan, dims)
     trainable = trainable_names(model, frozen, resolved.blocks)
     for name, parameter in model.named_parameters():  # buffers, such as angles, stay exact
-        parameter.data = parameter.data.to(precision.stored(name in trainable))
+        # An adapter that is not trained keeps the bits of the file it came from.
+        keeps_bits = name in trainable or resolved.is_of_adapter(name)
+        parameter.data = parameter.data.to(precision.stored(keeps_bits))
     if float8 is not None:
         left = convert_linears(model, resolved, float8, tp=dims.tp)
         log.info("float8: layers left as they are: %s", first_reasons(left))

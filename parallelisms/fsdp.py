@@ -37,14 +37,14 @@ class PrecisionConfig:
     """Dtype of the parameters and optimizer states that each rank keeps."""
 
     frozen_dtype: torch.dtype | None = None
-    """Dtype of parameters that are not trained; None: `master_dtype`."""
+    """Dtype of parameters of the base that are not trained; None: `master_dtype`."""
 
     cpu_offload: bool = False
     """Keep master parameters, gradients and optimizer states in host memory."""
 
-    def stored(self, is_trained: bool) -> torch.dtype:
-        """Return the dtype in which each rank keeps a parameter."""
-        return self.master_dtype if is_trained else self.frozen_dtype or self.master_dtype
+    def stored(self, keeps_bits: bool) -> torch.dtype:
+        """Return the dtype in which each rank keeps a parameter: trained and adapters', or not."""
+        return self.master_dtype if keeps_bits else self.frozen_dtype or self.master_dtype
 
     def describe(self) -> str:
         """Return the dtypes in one line for the log."""

@@ -55,8 +55,15 @@ class ResolvedPlan:
     @property
     def adapted(self) -> frozenset[str]:
         """Names of the linears that hold adapters: their parts lie two levels below them."""
-        parts = [name for name, role in self.roles.items() if role.startswith("adapter_")]
+        parts = [name for name in self.roles if self._is_part(name)]
         return frozenset(name.rsplit(".", 2)[0] for name in parts)
+
+    def is_of_adapter(self, parameter_name: str) -> bool:
+        """Say whether a parameter belongs to an adapter."""
+        return self._is_part(parameter_name.rpartition(".")[0])
+
+    def _is_part(self, name: str) -> bool:
+        return self.roles.get(name, "replicated").startswith("adapter_")
 
     def table(self) -> str:
         """Return the plan table as text."""

@@ -162,9 +162,10 @@ def apply_tensor(
     Ties are broken and frozen parameters thawed by the styles: the caller repairs both.
     """
     table = styles(sequence_parallel=sequence_parallel, loss_parallel=loss_parallel)
-    adapted = adapted_styles(Shard(1) if sequence_parallel else Replicate())
+    of_adapted = adapted_styles(Shard(1) if sequence_parallel else Replicate())
+    adapted = plan.adapted
     for name, role in plan.roles.items():
-        style = adapted[role] if name in plan.adapted else table[role]
+        style = of_adapted[role] if name in adapted else table[role]
         if style is not None:
             parallelize_module(model.get_submodule(name), mesh, style)
     for name in plan.first:

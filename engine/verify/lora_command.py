@@ -28,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m engine.verify lora",
         description="Train adapters beside a frozen model on plans of all kinds, and compare the "
         "loss and every gradient with one fp32 process, the logits of new adapters with those of "
-        "the model without them, and the logits of merged weights with those of adapters. Exit "
-        "code 0: all equal; 1: not equal, or a rank was lost; 2: a mistake in the command; 3: a "
-        "planted fault was not noticed.",
+        "the model without them, and the logits of merged weights, and of adapters that a folder "
+        "of PEFT has held, with those of adapters. Exit code 0: all equal; 1: not equal, or a rank "
+        "was lost; 2: a mistake in the command; 3: a planted fault was not noticed.",
         allow_abbrev=False,
     )
     plans = found.add_mutually_exclusive_group()
@@ -82,6 +82,13 @@ def _resolve(options: argparse.Namespace) -> tuple[AdapterJob, Report]:
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"--kind {unknown[0]!r} is not known; use {' or '.join(KINDS)}, or both")
     case = parse(options.plan) if options.plan is not None else None
+    if case is not None and case.adapter != "none":
+        if case.adapter not in kinds:
+            raise ValueError(
+                f"--plan {options.plan!r} has {case.adapter}, which --kind {options.kind!r} leaves "
+                "out; leave one of them away"
+            )
+        kinds = [case.adapter]
     fault = find_fault(options.fault)
     if case is None and options.fault is not None and not options.all:
         assert fault is not None, "its name was looked up"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.head import LMHead
+from models.layers.lora import adapted_linears
 
 Finish = Callable[[Tensor], Tensor]
 CHUNK_TOKENS = 4096
@@ -126,7 +127,7 @@ class WrappedLM(nn.Module):
         base_forward = type(self.base).forward
         self.takes_positions = "position_ids" in inspect.signature(base_forward).parameters
         restore_buffers(self)
-        self.eval()
+        self.train()
 
     @property
     def base(self) -> nn.Module:
@@ -141,9 +142,16 @@ class WrappedLM(nn.Module):
         return head
 
     def train(self, mode: bool = True) -> "WrappedLM":
-        """Stay in evaluation mode: dropout would draw what no layout of ranks can repeat."""
-        del mode
-        return super().train(False)
+        """Set the mode of adapters alone.
+
+        Transformers' modules stay in evaluation mode: their dropout would draw what no layout of
+        ranks can repeat.
+        """
+        super().train(False)
+        self.training = mode
+        for _, linear in adapted_linears(self):
+            linear.training = mode
+        return self
 
     def forward(
         self,

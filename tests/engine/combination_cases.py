@@ -213,6 +213,7 @@ LOW_PRECISION_CASES = {
 """By rule."""
 
 DROPPED = "adapter.kind=lora adapter.dropout=0.1"
+CHOSEN = "activation_checkpoint.mode=memory_budget compile.enable compile.backend=aot_eager"
 ADAPTER_CASES = {
     "training_state_of_a_run_without_the_adapters": Case(
         refused="checkpoint.enable checkpoint.no_initial_load_model_only adapter.kind=lora",
@@ -222,6 +223,9 @@ ADAPTER_CASES = {
         refused=f"{DROPPED} activation_checkpoint.no_preserve_rng_state",
         allowed=f"{DROPPED} activation_checkpoint.no_preserve_rng_state "
         "activation_checkpoint.mode=none",
+    ),
+    "dropout_that_the_compiler_draws_anew": Case(
+        refused=f"{DROPPED} {CHOSEN}", allowed=f"adapter.kind=lora {CHOSEN}"
     ),
 }
 """By rule."""

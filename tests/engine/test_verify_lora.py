@@ -44,13 +44,22 @@ def test_each_kind_runs_on_each_layout_and_every_check_counts(
         for layout in ("fsdp2-tp2-", "fsdp2-tp2-no-sp", "rep2-fsdp2", "cp2-ring", "cp2-ulysses"):
             assert any(layout in plan for plan in of_kind), (kind, layout)
     assert all(f"{error:.1e}" in row for row in rows)
-    assert "merge parity | init identity" in lines[1]
+    assert " | ".join(CHECKS) in lines[1]
+
+
+def test_a_plan_that_names_its_kind_runs_with_that_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lora_command, "run_here", stand_in(dict.fromkeys(CHECKS, 1e-7)))
+    assert main(["lora", "--device=cpu", "--plan=tp2-dora"]) == 0
+    assert "1 of 1 plans equal one process" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--kind=qlora"], "--kind 'qlora' is not known; use lora or dora"),
+        (["--kind=lora", "--plan=tp2-dora"], "has dora, which --kind 'lora' leaves out"),
         (["--fault=length_of_a_part", "--plan=fsdp2"], "try --plan tp2-dora"),
         (["--fault=lenght_of_a_part"], "did you mean 'length_of_a_part'"),
     ],

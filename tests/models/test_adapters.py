@@ -222,8 +222,13 @@ def test_an_untied_head_is_refused_for_what_it_is() -> None:
         ({"dropout": 1.0}, r"adapter\.dropout = 1\.0 .* below 1"),
         ({"targets": []}, r"adapter\.targets = \[\] .*'all-linear'"),
         ({"name": "a.b"}, r"adapter\.name = 'a\.b' may hold only"),
+        ({"name": "train"}, r"adapter\.name = 'train' is what torch calls .* such as 'train_1'"),
         ({"kind": "none", "rank": 8}, r"adapter\.rank = 8 has no effect: adapter\.kind = 'none'"),
         ({"more": [OneAdapterConfig()]}, r"2 adapters have the name 'default'"),
+        (
+            {"more": [OneAdapterConfig(name="b", kind="none")]},
+            r"adapter\.more: kind = 'none' of the adapter 'b' has no effect",
+        ),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings: dict[str, Any], words: str) -> None:

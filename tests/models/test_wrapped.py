@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from models.adapters import AdapterSpec, adapt
 from models.families.hf import FAMILY
+from models.layers.lora import adapted_linears
 from models.registry import load_family
 from models.wrapped.generate import longest_row
 from tests.parity.wrapped_cases import (
@@ -44,6 +46,20 @@ def test_logits_buffers_and_documents_are_those_of_the_plain_module(name: str) -
         again_BT = ours(**{**rows, "tokens_BT": changed})
         assert torch.equal(again_BT[0, LENGTHS[0][0] :], logps_BT[0, LENGTHS[0][0] :])
         assert not torch.equal(again_BT[0, :4], logps_BT[0, :4])
+
+
+def test_adapters_drop_again_after_an_evaluation_and_the_model_s_own_modules_never_do() -> None:
+    sizes = FAMILY.config_from_hf(MODELS["granite"])
+    with torch.device("meta"):
+        model = FAMILY.build(sizes)
+    spec = AdapterSpec(name="default", kind="lora", rank=2, alpha=1.0, dropout=0.5)
+    adapt(model, sizes.plan, [spec])
+    linears = {linear for _, linear in adapted_linears(model)}
+    was_training = model.training
+    assert was_training and all(linear.training for linear in linears)
+    assert not any(module.training for module in model.eval().modules())
+    model.train(was_training)
+    assert {module for module in model.modules() if module.training} == {model, *linears}
 
 
 def test_initial_values_are_those_of_transformers_and_owe_nothing_to_the_global_generator() -> None:

@@ -32,14 +32,13 @@ FUSED = {**SHAPE, "model_type": "phi3"}
 """Phi-3 as transformers has it: queries, keys and values are one linear."""
 
 CASES = [
-    Case(shard=2, adapter="lora", checkpointing="op", accumulate=2),
-    Case(replicate=2, shard=2, adapter="dora"),
-    Case(tp=2, adapter="lora", bias=True),
+    Case(replicate=2, shard=2, adapter="lora", accumulate=2),
     Case(tp=2, adapter="dora", bias=True, tied=True, vocab=61),
-    Case(tp=2, sequence=False, adapter="lora", checkpointing="full"),
-    Case(shard=2, tp=2, adapter="dora", checkpointing="op", offload=True),
+    Case(tp=2, sequence=False, adapter="lora", bias=True, checkpointing="full"),
+    Case(shard=2, tp=2, adapter="dora", checkpointing="op", offload=True, accumulate=2),
     Case(cp=2, adapter="dora"),
 ]
+"""Every plan has a second adapter, which is LoRA."""
 
 
 def run(rank: int, world_size: int, subject: Subject, case: Case) -> Comparison:
@@ -101,6 +100,17 @@ def test_the_base_is_kept_in_the_dtype_of_compute_and_has_no_gradient(ranks: Ran
             "adapter gradient": {torch.float32},
         }
         comparison.check(BF16_ARITHMETIC)
+
+
+def held_where_some_are_frozen(rank: int, world_size: int) -> set[torch.dtype]:
+    """Return the dtypes of the adapters of a bf16 model that trains only some of them."""
+    case = Case(adapter="lora", bfloat16=True)
+    model, _ = parity.build_case(case, frozen=("regex:.*lora_A.*",), filled=False)
+    return {p.dtype for name, p in model.named_parameters() if adapter_of(name) is not None}
+
+
+def test_adapters_that_are_not_trained_keep_the_bits_of_their_file(ranks: RankPool) -> None:
+    assert ranks(1, held_where_some_are_frozen) == [{torch.float32}]
 
 
 def with_dropout(rank: int, world_size: int, case: Case) -> dict[str, Tensor]:
