@@ -281,11 +281,6 @@ COMPILED = {
         "parallelisms/apply.py:_wrap_blocks", compile__enable=True, compile__components=["model"]
     ),
     **rows("parallelisms/compile.py:compiled", compile__backend="eager"),
-    **rows(
-        "parallelisms/activation_checkpoint.py:set_memory_budget",
-        activation_checkpoint__memory_budget=0.25,
-        activation_checkpoint__visualize_memory_budget_pareto=True,
-    ),
 }
 """A step of random tokens under the compiler, for which a function stands in."""
 
@@ -302,8 +297,15 @@ LAID_OUT = {
 }
 """The model laid out for the first of eight ranks."""
 
-OVERLAPPED = {**rows(SPLIT, parallelism__enable_async_tensor_parallel=True)}
-"""The same for two ranks that have GPUs."""
+OVERLAPPED = {
+    **rows(SPLIT, parallelism__enable_async_tensor_parallel=True),
+    **rows(
+        "parallelisms/activation_checkpoint.py:set_memory_budget",
+        activation_checkpoint__memory_budget=0.25,
+        activation_checkpoint__visualize_memory_budget_pareto=True,
+    ),
+}
+"""The same, compiled, for two ranks that have GPUs."""
 
 ON_CUDA = {
     **rows(

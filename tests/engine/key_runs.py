@@ -220,7 +220,7 @@ def settings_of(name: str) -> Settings:
         },
         "compiled": another
         | {
-            "activation_checkpoint.mode": "memory_budget",
+            "activation_checkpoint.mode": "none",
             "checkpoint.enable": False,
             "training.dataset": "python_stdlib",
             "training.dataset_path": "None",
@@ -231,7 +231,12 @@ def settings_of(name: str) -> Settings:
         },
         "low_precision": another | {"checkpoint.enable": False, "training.steps": 1},
         "laid_out": SMALL | {"parallelism.data_parallel_shard_degree": 1},
-        "overlapped": SMALL | {"parallelism.tensor_parallel_degree": 2, "compile.enable": True},
+        "overlapped": SMALL
+        | {
+            "activation_checkpoint.mode": "memory_budget",
+            "compile.enable": True,
+            "parallelism.tensor_parallel_degree": 2,
+        },
         "on_cuda": {"profiling.profile_freq": 1},
     }
     return beside[name] | own
@@ -316,12 +321,6 @@ def _fit_with_wandb(config: JobConfig, folder: Path, spy: Spy, patch: pytest.Mon
 def _fit_compiled(config: JobConfig, folder: Path, spy: Spy, patch: pytest.MonkeyPatch) -> None:
     spy.record(patch, "torch.compile", lambda forward, **options: forward)
     fit(config)
-    spy.calls["functorch"] = [
-        {
-            "budget": functorch.activation_memory_budget,
-            "visualize": functorch.visualize_memory_budget_pareto,
-        }
-    ]
 
 
 def _lay_out(config: JobConfig, world_size: int) -> None:
@@ -352,6 +351,12 @@ def _overlap_on_two(config: JobConfig, folder: Path, spy: Spy, patch: pytest.Mon
     spy.record(patch, "torch.compile", lambda forward, **options: forward)
     spy.record(patch, "parallelisms.apply.overlap_tensor_parallel", lambda mesh: None)
     _lay_out(config, 2)
+    spy.calls["functorch"] = [
+        {
+            "budget": functorch.activation_memory_budget,
+            "visualize": functorch.visualize_memory_budget_pareto,
+        }
+    ]
 
 
 def _take_parts(config: JobConfig, folder: Path, spy: Spy, patch: pytest.MonkeyPatch) -> None:
