@@ -226,7 +226,6 @@ def refuse_other_model(
         )
     _refuse_other_packing(tensors, stored, folder)
     complaints: list[str] = []
-    remedy = "set model.* and training.dtype as they were, or give another job.dump_folder"
     if missing := tensors.keys() - stored.keys():
         complaints.append(f"the checkpoint lacks {list_names(missing)}")
     if unexpected := stored.keys() - tensors.keys():
@@ -240,14 +239,10 @@ def refuse_other_model(
         dtype = there.properties.dtype
         if not (dtype == here.dtype or any_dtype or (widen and _widens(dtype, here.dtype))):
             complaints.append(f"{name} is {dtype} in the checkpoint, {here.dtype} here")
-            if here.dtype == torch.uint8:
-                remedy = (
-                    "weights are packed in four bits from Hugging Face folders alone: make one "
-                    "with scripts/convert_dcp_to_hf.py, or take 'nf4' out of model.converters"
-                )
     if complaints:
         raise ValueError(
-            f"{folder} is a checkpoint of another model: {list_names(complaints, '; ')}; {remedy}"
+            f"{folder} is a checkpoint of another model: {list_names(complaints, '; ')}; set "
+            f"model.* and training.dtype as they were, or give another job.dump_folder"
         )
 
 

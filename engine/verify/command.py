@@ -5,8 +5,10 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from engine.cli import USER_MISTAKE_EXIT_CODE, is_first_rank
 from engine.distributed import launched_world_size
@@ -24,15 +26,44 @@ CPU_RANKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a command line asks for, with everything decided."""
+class Setting:
+    """What a command line asks for, beside the list of plans."""
 
+    case: Case | None
+    """The one plan to run; None: a list of them."""
+
+    fault: str | None
     world_size: int
     device_type: str
     subject: Subject
     model: str
-    plans: PlanList
-    fault: str | None
+    rules: Rules
+
+    def report(self, plans: PlanList, **more: Any) -> Report:
+        """Return the report of plans, before any has run."""
+        return Report(
+            cases=plans.cases,
+            refused=plans.refused,
+            device_type=self.device_type,
+            world_size=self.world_size,
+            model=self.model,
+            fault=self.fault,
+            is_silent=not is_first_rank(),
+            **more,
+        )
+
+    def faulty(self, plans: PlanList) -> PlanList:
+        """Return the plans in which the fault, if there is one, has something to break."""
+        if self.fault is None:
+            return plans
+        fault = FAULTS[self.fault]
+        cases = [case for case in plans.cases if fault.applies(case)]
+        if not cases:
+            raise ValueError(
+                f"--fault {self.fault!r} needs a plan in which there is something to break; try "
+                f"--plan {fault.example}"
+            )
+        return PlanList(cases=cases)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,89 +90,92 @@ def parser() -> argparse.ArgumentParser:
         default=OBJECTIVES[0],
         help=f"what the plans train on, with commas: {', '.join(OBJECTIVES)}",
     )
+    add_shared_options(found, CPU_RANKS)
+    return found
+
+
+def add_shared_options(found: argparse.ArgumentParser, cpu_ranks: int) -> None:
+    """Add the options of every check of plans."""
     found.add_argument("--model", default="", help="family, family:size or folder; shrunk")
-    found.add_argument("--ranks", type=int, help=f"default: one a GPU, or {CPU_RANKS} on the CPU")
+    found.add_argument("--ranks", type=int, help=f"default: one a GPU, or {cpu_ranks} on the CPU")
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found.add_argument("--fault", help='error to plant; "list" prints them')
     found.add_argument("--out", type=Path, help="JSON record to write")
     found.add_argument("--timeout_seconds", type=float, default=300.0, help="of one plan")
-    return found
 
 
 def main(arguments: list[str]) -> int:
     """Compare every plan with one process: loss and gradients."""
-    options = parser().parse_args(arguments)
+    return run_check("parity", arguments, parser(), prepare)
+
+
+def run_check(
+    name: str,
+    arguments: list[str],
+    parser: argparse.ArgumentParser,
+    prepare: Callable[[argparse.Namespace], tuple[Job, Report]],
+) -> int:
+    """Run a check of plans as its command line says; return the exit code."""
+    options = parser.parse_args(arguments)
     if options.fault == "list":
-        for name, fault in FAULTS.items():
-            print(f"{name}: {fault.sentence}")
+        for fault_name, fault in FAULTS.items():
+            print(f"{fault_name}: {fault.sentence}")
         return 0
     try:
-        request = resolve(options)
+        job, report = prepare(options)
     except ValueError as error:
         if is_first_rank():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_MISTAKE_EXIT_CODE
-    report = Report(
-        cases=request.plans.cases,
-        refused=request.plans.refused,
-        device_type=request.device_type,
-        world_size=request.world_size,
-        model=request.model,
-        fault=request.fault,
-        is_silent=not is_first_rank(),
-    )
-    job = PlanJob(
-        cases=tuple(request.plans.cases),
-        subject=request.subject,
-        device_type=request.device_type,
-        fault=request.fault,
-        timeout_seconds=options.timeout_seconds,
-    )
     report.begin()
     if "RANK" in os.environ:
         run_launched(job, report)
     else:
-        run_here(job, request.world_size, report.add)
+        run_here(job, report.world_size, report.add)
     code = report.end()
     if options.out is not None and is_first_rank():
-        report.write(
-            options.out, shlex.join(["python", "-m", "engine.verify", "parity", *arguments])
-        )
+        report.write(options.out, shlex.join(["python", "-m", "engine.verify", name, *arguments]))
     return code
 
 
-def resolve(options: argparse.Namespace) -> Request:
+def prepare(options: argparse.Namespace) -> tuple[PlanJob, Report]:
     """Decide ranks, device, model and plans; ValueError for a mistake of the user."""
-    case = parse(options.plan) if options.plan is not None else None
     objectives = _objectives(options.objective)
-    fault = options.fault
-    find_fault(fault)
+    setting = find_setting(options, CPU_RANKS)
+    plans = PlanList()
+    for objective in objectives:
+        listed = _plans(setting, objective, options)
+        plans.cases.extend(listed.cases)
+        plans.refused.update(listed.refused)
+    plans = setting.faulty(plans)
+    job = PlanJob(
+        cases=tuple(plans.cases),
+        subject=setting.subject,
+        device_type=setting.device_type,
+        fault=setting.fault,
+        timeout_seconds=options.timeout_seconds,
+    )
+    return job, setting.report(plans)
+
+
+def find_setting(options: argparse.Namespace, cpu_ranks: int) -> Setting:
+    """Decide what all checks of plans share; ValueError for a mistake of the user."""
+    case = parse(options.plan) if options.plan is not None else None
+    fault = find_fault(options.fault)
     if case is None and fault is not None and not options.all:
-        case = FAULTS[fault].example
-    device_type, world_size = find_place(options, case, CPU_RANKS)
+        case = fault.example
+    device_type, world_size = find_place(options, case, cpu_ranks)
     subject, model = find_subject(options.model, device_type)
     subject = subject.for_ranks(world_size)
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    rules = Rules.of(subject, device_type, num_local_ranks)
-    plans = PlanList()
-    for objective in objectives:
-        listed = _plans(case, objective, rules, world_size, options)
-        plans.cases.extend(listed.cases)
-        plans.refused.update(listed.refused)
-    if fault is not None:
-        plans = PlanList(cases=[one for one in plans.cases if FAULTS[fault].applies(one)])
-        if not plans.cases:
-            raise ValueError(
-                f"--fault {fault!r} needs a plan in which there is something to break; try --plan "
-                f"{FAULTS[fault].example}"
-            )
-    return Request(
+    return Setting(
+        case=case,
+        fault=options.fault,
         world_size=world_size,
         device_type=device_type,
         subject=subject,
         model=model,
-        plans=plans,
-        fault=fault,
+        rules=Rules.of(subject, device_type, num_local_ranks),
     )
 
 
@@ -194,17 +228,16 @@ def _objectives(text: str) -> list[str]:
     return found
 
 
-def _plans(
-    case: Case | None, objective: str, rules: Rules, world_size: int, options: argparse.Namespace
-) -> PlanList:
+def _plans(setting: Setting, objective: str, options: argparse.Namespace) -> PlanList:
     """Return the one plan that was asked for, or all of them, with an objective."""
+    case, rules = setting.case, setting.rules
     config = rules.subject.config
     fixed: dict[str, object] = {"objective": objective}
     if options.model:
         fixed |= {"tied": config.tie_word_embeddings, "bias": False}
     if case is None:
         return list_plans(
-            world_size,
+            setting.world_size,
             device_type=rules.device_type,
             refusal=rules.refusal,
             fixed=fixed,

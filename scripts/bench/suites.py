@@ -36,6 +36,12 @@ def _speed(
     )
 
 
+_OPERATIONS_SAVED = (
+    "--activation_checkpoint.mode=selective",
+    "--activation_checkpoint.selective_ac_option=op",
+)
+
+
 def _llama_8b(
     name: str,
     *options: str,
@@ -58,7 +64,7 @@ def _llama_8b(
     )
 
 
-def _llama_1b(name: str, rows: int) -> BenchRow:
+def _llama_1b(name: str, rows: int, *more: str, floor: float | None = None) -> BenchRow:
     """Return the shape of Llama 1B with a head of its own, on one GPU.
 
     16 bytes for each of its 1.50 billion parameters, and about 12.3 GiB for each row: 71.6 GiB for
@@ -71,8 +77,9 @@ def _llama_1b(name: str, rows: int) -> BenchRow:
         overrides=(
             *_speed(rows, "sdpa"),
             "--model.hf_assets_path=scripts/bench/llama_1b_untied",
+            *more,
         ),
-        floor_tokens_per_second=48000.0,
+        floor_tokens_per_second=floor,
     )
 
 
@@ -105,21 +112,6 @@ def _chats(name: str, rows: int, seq_len: int, packing: str) -> BenchRow:
     )
 
 
-_LAYERS_1B = (
-    *_speed(2, "sdpa"),
-    "--model.hf_assets_path=scripts/bench/llama_1b_untied",
-)
-
-
-def _kernels(name: str, *more: str) -> BenchRow:
-    return BenchRow(
-        name=f"llama-1b-untied {name}",
-        gpus=1,
-        config_file="train_configs/llama3_1b.toml",
-        overrides=(*_LAYERS_1B, *more),
-    )
-
-
 def _long(
     name: str,
     attention: str,
@@ -138,8 +130,7 @@ def _long(
             *_speed(1, attention, seq_len=seq_len),
             "--model.hf_assets_path=",
             f"--training.steps={steps}",
-            "--activation_checkpoint.mode=selective",
-            "--activation_checkpoint.selective_ac_option=op",
+            *_OPERATIONS_SAVED,
             *degrees,
         ),
         warmup_steps=1,
@@ -150,19 +141,6 @@ def _shared(degree: int, mode: str) -> tuple[str, str]:
     return (
         f"--parallelism.context_parallel_degree={degree}",
         f"--parallelism.context_parallel_mode={mode}",
-    )
-
-
-def _float8(name: str, *more: str) -> BenchRow:
-    return BenchRow(
-        name=f"llama-1b-untied {name}",
-        gpus=1,
-        config_file="train_configs/llama3_1b.toml",
-        overrides=(
-            *_speed(4, "sdpa"),
-            "--model.hf_assets_path=scripts/bench/llama_1b_untied",
-            *more,
-        ),
     )
 
 
@@ -179,12 +157,6 @@ def _adapted_8b(name: str, *more: str) -> BenchRow:
             *more,
         ),
     )
-
-
-_OPERATIONS_SAVED = (
-    "--activation_checkpoint.mode=selective",
-    "--activation_checkpoint.selective_ac_option=op",
-)
 
 
 _PRECOMPUTED = "--objective.reference=precomputed"
@@ -229,9 +201,9 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _long("CP4 allgather", "flex", *_shared(4, "allgather"), gpus=4, model="8b"),
     ),
     "dense-1gpu": (
-        _llama_1b("1 GPU, sdpa", 4),
-        _llama_1b("1 GPU, sdpa, 6 rows", 6),
-        _llama_1b("1 GPU, sdpa, 8 rows", 8),
+        _llama_1b("1 GPU, sdpa", 4, floor=48000.0),
+        _llama_1b("1 GPU, sdpa, 6 rows", 6, floor=48000.0),
+        _llama_1b("1 GPU, sdpa, 8 rows", 8, floor=48000.0),
     ),
     # Masters, two moments and gradients of 8.03 billion parameters in fp32 are 60 GiB on each of
     # two GPUs. A row of 8,192 tokens takes about 41 GiB more without checkpointing, 21 with that
@@ -241,8 +213,7 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _llama_8b(
             "llama-8b FSDP2 on 2 GPUs, sdpa, 1 row, selective op",
             "--parallelism.data_parallel_shard_degree=2",
-            "--activation_checkpoint.mode=selective",
-            "--activation_checkpoint.selective_ac_option=op",
+            *_OPERATIONS_SAVED,
             gpus=2,
             local_batch_size=1,
             floor=None,
@@ -273,14 +244,15 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _chats("padded chats, rows of 192", 170, 192, "none"),
     ),
     "float8-1gpu": (
-        _float8("bf16"),
-        _float8("float8 tensorwise", "--model.converters=float8"),
-        _float8(
+        _llama_1b("bf16", 4),
+        _llama_1b("float8 tensorwise", 4, "--model.converters=float8"),
+        _llama_1b(
             "float8 rowwise",
+            4,
             "--model.converters=float8",
             "--quantize.linear.float8.recipe_name=rowwise",
         ),
-        _float8("bf16, 8-bit state", "--optimizer.name=AdamW8bit"),
+        _llama_1b("bf16, 8-bit state", 4, "--optimizer.name=AdamW8bit"),
     ),
     "lora-1gpu": (
         _adapted_8b("LoRA"),
@@ -296,10 +268,10 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _preference("FSDP2 x TP2, reference precomputed", *_TP2_OF_4, _PRECOMPUTED, gpus=4),
     ),
     "kernels-1gpu": (
-        _kernels("compiled"),
-        _kernels("eager", "--compile.no_enable"),
-        _kernels("eager, liger", "--compile.no_enable", "--model.kernels=liger"),
-        _kernels("eager, loss compiled", "--compile.components=loss"),
+        _llama_1b("compiled", 2),
+        _llama_1b("eager", 2, "--compile.no_enable"),
+        _llama_1b("eager, liger", 2, "--compile.no_enable", "--model.kernels=liger"),
+        _llama_1b("eager, loss compiled", 2, "--compile.components=loss"),
     ),
     "dense-4gpu": (
         _llama_8b("llama-8b FSDP4, sdpa", "--parallelism.data_parallel_shard_degree=4"),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.verify import lora_command
+from engine.verify import command
 from engine.verify.__main__ import main
 from engine.verify.adapted import CHECKS, AdapterJob
 from engine.verify.parity import Comparison
@@ -34,7 +34,7 @@ def test_each_kind_runs_on_each_layout_and_every_check_counts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     checks = dict.fromkeys(CHECKS, 1e-7) | {"merge parity": error}
-    monkeypatch.setattr(lora_command, "run_here", stand_in(checks))
+    monkeypatch.setattr(command, "run_here", stand_in(checks))
     assert main(["lora", "--device=cpu", "--ranks=4"]) == code
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split("|")] for line in lines if f"| {word} " in line]
@@ -50,7 +50,7 @@ def test_each_kind_runs_on_each_layout_and_every_check_counts(
 def test_a_plan_that_names_its_kind_runs_with_that_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lora_command, "run_here", stand_in(dict.fromkeys(CHECKS, 1e-7)))
+    monkeypatch.setattr(command, "run_here", stand_in(dict.fromkeys(CHECKS, 1e-7)))
     assert main(["lora", "--device=cpu", "--plan=tp2-dora"]) == 0
     assert "1 of 1 plans equal one process" in capsys.readouterr().out
 

@@ -129,10 +129,10 @@ def test_what_the_rules_refuse_is_listed_with_their_reason_and_not_run() -> None
 
 def test_the_short_list_holds_every_layout_with_whole_rows_for_each_objective() -> None:
     arguments = ["--short", "--objective", "dpo,kto", "--ranks", "4", "--device", "cpu"]
-    request = command.resolve(command.parser().parse_args(arguments))
+    job, _ = command.prepare(command.parser().parse_args(arguments))
     whole = {str(layout) for layout in every_layout(4) if layout.cp == 1}
     for objective in ("dpo", "kto"):
-        cases = [case for case in request.plans.cases if case.objective == objective]
+        cases = [case for case in job.cases if case.objective == objective]
         layouts = {
             str(Case(**{n: getattr(c, n) for n in ("replicate", "shard", "tp", "sequence")}))
             for c in cases
