@@ -36,6 +36,7 @@ REPORTED_PACKAGES = (
     "safetensors",
     "numpy",
     "flash-attn",
+    "flash-attn-4",
     "liger-kernel",
     "torchao",
     "triton",

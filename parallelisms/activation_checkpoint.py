@@ -29,6 +29,7 @@ MATRIX_PRODUCTS = {
 """Operators, and which argument is the second matrix."""
 DOCUMENT_ATTENTION = (
     ("tessera", "cudnn_attention"),
+    ("tessera", "flash_attention_4"),
     ("torch_attn", "_varlen_attn"),
     ("flash_attn", "_flash_attn_varlen_forward"),
 )

@@ -1,10 +1,11 @@
 """The flash-attn packages over joined documents: version 2.8, or 3 or 4 where these are installed.
 
-Rows of one document take `sdpa`'s causal kernels.
+Rows of one document take version 4's causal kernel, else those of `sdpa`.
 """
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,15 +29,20 @@ def attend(
     q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, *, mask: AttentionMask, scale: float
 ) -> Tensor:
     """Return the attended values; key/value heads are shared, not repeated."""
+    version = _version()
     if mask.is_causal:
-        return sdpa.attend(q_BTHC, k_BSKC, v_BSKC, mask=mask, scale=scale)
-    kernel = _kernel()
-    if kernel is None:
+        if version != "FA4":
+            return sdpa.attend(q_BTHC, k_BSKC, v_BSKC, mask=mask, scale=scale)
+        return flash_attention_4(q_BTHC, k_BSKC, v_BSKC, None, 0, scale)[0]
+    if version == "FA3":
         return varlen.attend(q_BTHC, k_BSKC, v_BSKC, mask=mask, scale=scale)
     assert isinstance(mask.prepared, tuple), "the mask was prepared by varlen"
     offsets, longest = mask.prepared[0], mask.prepared[1].shape[0]
     joined = [x.flatten(0, 1) for x in (q_BTHC, k_BSKC, v_BSKC)]
-    out_NHC: Any = kernel(
+    if version == "FA4":
+        out_NHC, _ = flash_attention_4(*joined, offsets, longest, scale)
+        return out_NHC.view_as(q_BTHC)
+    out_NHC: Any = _version_2()(
         *joined, offsets, offsets, longest, longest, softmax_scale=scale, causal=True
     )
     return out_NHC.view_as(q_BTHC)
@@ -57,24 +63,119 @@ def _has(module: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _kernel() -> Callable[..., Any] | None:
-    return _load()
+def _version() -> str:
+    return _prepared_version()
 
 
 @cache
-def _load() -> Callable[..., Any] | None:
-    """Return version 2's own function; versions 3 and 4 are put behind torch's `varlen_attn`.
-
-    torch has operators for those two that blocks can be compiled with; theirs break the graph.
-    """
+def _prepared_version() -> str:
     version = installed_version()
-    if version == "FA2":
-        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-        return flash_attn_varlen_func
     assert version is not None, "refused where the backend is chosen"
-    torch.nn.attention.activate_flash_attention_impl(version)
-    return None
+    if version == "FA3":
+        # Its own function breaks graphs; torch's `varlen_attn`, which then takes it, does not.
+        torch.nn.attention.activate_flash_attention_impl(version)
+    return version
+
+
+@torch.compiler.assume_constant_result
+def _version_2() -> Callable[..., Any]:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_func
+
+
+# torch puts version 4 behind `varlen_attn` as well, but without gradients in torch 2.11 ("windowed
+# attention not supported"), and not from flash-attn-4 4.0.0b20 on, whose forward returns more.
+
+
+@torch.library.custom_op("tessera::flash_attention_4", mutates_args=(), device_types="cuda")
+def flash_attention_4(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the causally attended values and the fp32 log-sum-exp of scores.
+
+    Joined documents are (N, H, C), their log-sum-exp (H, N): document d holds the tokens from
+    `offsets[d]` to `offsets[d + 1]`, and none is longer than `longest`. Without offsets each row of
+    (B, T, H, C) is one document, its log-sum-exp (B, H, T).
+    """
+    forward, _ = _functions_of_version_4()
+    out, lse, *_ = forward(
+        *(x.contiguous() for x in (q, k, v)),
+        **_lengths(offsets, longest),
+        softmax_scale=scale,
+        causal=True,
+        return_lse=True,
+    )
+    return out, lse.contiguous()
+
+
+@flash_attention_4.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.transpose(-2, -3).shape[:-1], dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op(
+    "tessera::flash_attention_4_backward", mutates_args=(), device_types="cuda"
+)
+def flash_attention_4_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    _, backward = _functions_of_version_4()
+    grad_q, grad_k, grad_v, *_ = backward(
+        *(x.contiguous() for x in (q, k, v, out, grad, lse)),
+        **_lengths(offsets, longest),
+        softmax_scale=scale,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return grad_q, grad_k, grad_v
+
+
+@flash_attention_4_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    whole = torch.contiguous_format
+    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=whole) for x in (q, k, v))
+    return grad_q, grad_k, grad_v
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *qkv, offsets, longest, scale = inputs
+    ctx.save_for_backward(*qkv, *output, offsets)
+    ctx.settings = (longest, scale)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    gradients = flash_attention_4_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return (*gradients, None, None, None)
+
+
+flash_attention_4.register_autograd(_backward, setup_context=_keep)
+
+
+@cache
+def _functions_of_version_4() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return its forward and backward, which torch calls by the same names."""
+    interface = import_module("flash_attn.cute.interface")
+    return interface._flash_attn_fwd, interface._flash_attn_bwd
+
+
+def _lengths(offsets: Tensor | None, longest: int) -> dict[str, Any]:
+    if offsets is None:
+        return {}
+    of_each = {"cu_seqlens": offsets, "max_seqlen": longest}
+    return {f"{name}_{side}": value for name, value in of_each.items() for side in "qk"}
 
 
 def unsupported_reason(

@@ -59,7 +59,8 @@ def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for backend in (cudnn_backend, flash, varlen):
         monkeypatch.setattr(backend, "unsupported_reason", lambda **facts: None)
     monkeypatch.setattr(torch_varlen, "varlen_attn", cpu_varlen)
-    monkeypatch.setattr(flash, "_load", lambda: cpu_varlen)
+    monkeypatch.setattr(flash, "_prepared_version", lambda: "FA2")
+    monkeypatch.setattr(flash, "_version_2", lambda: cpu_varlen)
     varlen._options.cache_clear()
     yield
     varlen._options.cache_clear()
@@ -85,16 +86,66 @@ def _(
     documents: Tensor,
     *rest,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return gradients_by_document(grad, q, k, v, out, documents[0], rest[-1])
+
+
+def gradients_by_document(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, offsets: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     parts = []
-    for begin, end in pairwise(documents[0].tolist()):
+    for begin, end in pairwise(offsets.tolist()):
         if begin < end:
             own: list[Any] = [x[None, begin:end] for x in (grad, q, k, v, out)]
             seen = torch.ones(end - begin, end - begin, dtype=torch.bool).tril()
-            options: dict[str, Any] = {"mask": [seen], "is_causal": True, "scale": rest[-1]}
+            options: dict[str, Any] = {"mask": [seen], "is_causal": True, "scale": scale}
             _, own_lse = eager.attend_with_lse(*own[1:4], **options)
             parts.append(eager.attend_backward(*own, own_lse, **options))  # pyright: ignore[reportCallIssue]
     grad_q, grad_k, grad_v = (torch.cat(x, dim=1)[0] for x in zip(*parts, strict=True))
     return grad_q, grad_k, grad_v
+
+
+class Version4:
+    """The functions of FA4 that are called, as its interface has them."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor, None]:
+        assert options["causal"] and options["return_lse"]
+        assert all(x.is_contiguous() for x in (q, k, v))
+        joined: list[Any] = Version4.joined(q, k, v, **options)
+        out = loop_over_documents(*joined, options["softmax_scale"]).view_as(q)  # pyright: ignore[reportCallIssue]
+        lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+        return out, q.new_zeros(lse_shape), None  # newer releases return more than two
+
+    @staticmethod
+    def backward(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, lse: Tensor, **options: Any
+    ) -> tuple[Tensor, ...]:
+        assert options["causal"] and lse.shape[-2:] == (q.shape[-2], q.shape[-3])
+        joined: list[Any] = Version4.joined(grad, q, k, v, out, **options)
+        found = gradients_by_document(*joined, options["softmax_scale"])  # pyright: ignore[reportCallIssue]
+        return tuple(x.view_as(y) for x, y in zip(found, (q, k, v), strict=True))
+
+    @staticmethod
+    def joined(*tensors: Tensor, **options: Any) -> list[Tensor]:
+        if tensors[0].ndim == 3:
+            offsets = options["cu_seqlens_q"]
+            assert options["cu_seqlens_k"] is offsets
+            assert options["max_seqlen_q"] == options["max_seqlen_k"] >= offsets.diff().max()
+            return [*tensors, offsets]
+        assert "cu_seqlens_q" not in options
+        rows, length = tensors[0].shape[:2]
+        return [*(x.flatten(0, 1) for x in tensors), torch.arange(rows + 1) * length]
+
+
+for operator in (flash.flash_attention_4, flash.flash_attention_4_backward):
+    operator.register_kernel("cpu")(operator._init_fn)
+
+
+@pytest.fixture
+def version_4_on_cpu(kernels_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "_prepared_version", lambda: "FA4")
+    functions = (Version4.forward, Version4.backward)
+    monkeypatch.setattr(flash, "_functions_of_version_4", lambda: functions)
 
 
 def rows_of(*rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -105,18 +156,21 @@ def rows_of(*rows: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def loss_and_gradients(
-    model: DecoderLM, tokens: Tensor, positions: Tensor, documents: Tensor
+    model: DecoderLM, tokens: Tensor, positions: Tensor, documents: Tensor | None = None
 ) -> tuple[float, dict[str, Tensor]]:
+    """Score the tokens; without documents each row is one."""
     model.zero_grad()
-    offsets = document_offsets(documents.cpu()).to(documents.device)
-    logits = model(
-        tokens,
-        positions_BT=positions,
-        documents_BT=documents,
-        document_offsets=offsets,
-        longest_document_tokens=longest_document_tokens(offsets),
-    )
-    loss = logits[documents != 0].float().logsumexp(-1).square().mean()
+    packing: dict[str, Any] = {}
+    if documents is not None:
+        offsets = document_offsets(documents.cpu()).to(documents.device)
+        packing = {
+            "documents_BT": documents,
+            "document_offsets": offsets,
+            "longest_document_tokens": longest_document_tokens(offsets),
+        }
+    logits = model(tokens, positions_BT=positions, **packing)
+    logits = logits.flatten(0, 1) if documents is None else logits[documents != 0]
+    loss = logits.float().logsumexp(-1).square().mean()
     loss.backward()
     return loss.item(), gradients(model)
 
@@ -128,6 +182,19 @@ def test_they_give_the_loss_and_gradients_of_masked_attention(backend: str) -> N
     tokens = random_tokens(*positions.shape)
     expected = loss_and_gradients(tiny_model(attention="eager"), tokens, positions, documents)
     found = loss_and_gradients(tiny_model(attention=backend), tokens, positions, documents)
+    assert found[0] == pytest.approx(expected[0], rel=FP32_REORDERED_SUM)
+    assert worst_error(found[1], expected[1]) <= FP32_REORDERED_SUM
+
+
+@pytest.mark.usefixtures("version_4_on_cpu")
+@pytest.mark.parametrize("rows", [[LENGTHS, [32], [1] * 20 + [6]], [[32], [32]]], ids=len)
+def test_version_4_gives_those_of_documents_and_of_whole_rows(rows: list[list[int]]) -> None:
+    positions, documents = rows_of(*rows)
+    tokens = random_tokens(*positions.shape)
+    given: list[Any] = [tokens, positions]
+    given += [documents] if len(rows) == 3 else []
+    expected = loss_and_gradients(tiny_model(attention="eager"), *given)
+    found = loss_and_gradients(tiny_model(attention="flash"), *given)
     assert found[0] == pytest.approx(expected[0], rel=FP32_REORDERED_SUM)
     assert worst_error(found[1], expected[1]) <= FP32_REORDERED_SUM
 
@@ -150,8 +217,8 @@ def test_documents_without_offsets_are_refused(backend: str) -> None:
         AttentionMasks(backend, head_dim=8)(positions, documents_BT=documents)
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "varlen"])
-@pytest.mark.usefixtures("kernels_on_cpu")
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "varlen"])
+@pytest.mark.usefixtures("version_4_on_cpu")
 def test_another_packing_does_not_compile_blocks_again(backend: str, monkeypatch) -> None:
     if backend == "varlen":  # the loop reads the offsets; an operator does not
         monkeypatch.setattr(torch_varlen, "varlen_attn", lambda q, k, v, *rest, **options: q * 1.0)
