@@ -43,7 +43,7 @@ from engine.reference import (
 )
 from engine.rules import model_needs
 from engine.run_folder import RunFolder
-from engine.stalls import HOST_SYNCS_OF_A_STEP, StallWatch
+from engine.stalls import StallWatch
 from engine.start import build_checkpointer, fill_weights, find_start
 from engine.step import Reference, Trainer
 from models.adapters import adapter_weights
@@ -266,7 +266,7 @@ def _build_stall_watch(config: JobConfig, architecture: Architecture, world: Wor
     return StallWatch(
         world.device,
         speaks=world.rank == 0,
-        host_syncs_by_design=None if waits else HOST_SYNCS_OF_A_STEP,
+        waits_by_design=waits,
     )
 
 

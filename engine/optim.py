@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
@@ -97,6 +98,24 @@ def build_optimizer(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def decides_on_device(optimizer: Optimizer, device: torch.device) -> bool:
+    """Whether `update_where` can be used: fused kernels on the device that computes."""
+    groups = optimizer.param_groups
+    return all(group.get("fused") for group in groups) and all(
+        p.device.type == device.type for group in groups for p in group["params"]
+    )
+
+
+def update_where(optimizer: Optimizer, allowed: Tensor) -> None:
+    """Update the parameters if `allowed`, a boolean () on the device, says so; do not wait for it.
+
+    Where it says no, parameters, moments and step counts keep their bits: fused kernels of torch
+    read this from `found_inf`, which torch.amp.GradScaler sets likewise.
+    """
+    optimizer.found_inf = allowed.logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
 
 
 def _update_rule(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:

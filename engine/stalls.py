@@ -8,20 +8,18 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self, TextIO
 
 import torch
+from torch import Tensor
 
 from engine.metrics import Row
 
 log = logging.getLogger("tessera")
-
-HOST_SYNCS_OF_A_STEP = 1
-"""Waits that a step is built to make: `train_step` reads loss, norm and counts at once."""
 
 ROOT = Path(__file__).parents[1]
 TORCH = str(Path(torch.__file__).parent)
@@ -29,6 +27,25 @@ TORCH = str(Path(torch.__file__).parent)
 # c10/cuda/CUDAFunctions.cpp and torch/csrc/cuda/Module.cpp, of torch 2.11 and 2.13.
 SYNC_WARNING = "called a synchronizing CUDA operation"
 PROTOTYPE_WARNING = "Synchronization debug mode is a prototype feature"
+
+
+def start_reading(values: Tensor) -> Callable[[], list[float]]:
+    """Start to copy a vector to the host; the function returned waits for that copy alone.
+
+    What is queued between the two runs meanwhile, so that a GPU has work while the host goes on.
+    """
+    if values.device.type != "cuda":
+        return values.tolist
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    is_there = torch.cuda.Event()
+    is_there.record()
+
+    def read() -> list[float]:
+        is_there.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 def graphs_compiled() -> int:
@@ -138,18 +155,18 @@ class StallWatch:
     """Steps that may compile: the first ones, and those that first meet another shape."""
 
     STEPS_IN_A_ROW = 5
-    """Steps with too many syncs before that is warned of: a single one costs little."""
+    """Steps with syncs before that is warned of: a single one costs little."""
 
     def __init__(
         self,
         device: torch.device,
         *,
         speaks: bool = True,
-        host_syncs_by_design: int | None = HOST_SYNCS_OF_A_STEP,
+        waits_by_design: bool = False,
     ) -> None:
         self._syncs = HostSyncs() if device.type == "cuda" else None
         self._speaks = speaks
-        self._by_design = host_syncs_by_design
+        self._waits_by_design = waits_by_design
         self._steps_done = 0
         self._steps_in_a_row = 0
         self._told_of_compilations = False
@@ -198,12 +215,12 @@ class StallWatch:
         if compilations and not self._told_of_compilations:
             self._told_of_compilations = True
             _warn_of_compilations(step, compilations)
-        too_many = self._by_design is not None and len(places) > self._by_design
+        stalled = bool(places) and not self._waits_by_design
         # A step that compiles also waits for what it compiles.
-        self._steps_in_a_row = self._steps_in_a_row + 1 if too_many and not compilations else 0
+        self._steps_in_a_row = self._steps_in_a_row + 1 if stalled and not compilations else 0
         if self._steps_in_a_row == self.STEPS_IN_A_ROW and not self._told_of_syncs:
             self._told_of_syncs = True
-            _warn_of_syncs(step, places, self._by_design)
+            _warn_of_syncs(step, places)
 
     def take(self) -> Row:
         """Return the counts of the steps since the last call, as metrics."""
@@ -229,16 +246,15 @@ def _warn_of_compilations(step: int, compilations: int) -> None:
     )
 
 
-def _warn_of_syncs(step: int, places: list[str], by_design: int | None) -> None:
+def _warn_of_syncs(step: int, places: list[str]) -> None:
     counted = Counter(places).most_common(8)
     log.warning(
-        "step %d, like the %d before it, made the host wait for the GPU %d times, where %s is by "
-        "design; the GPU runs dry meanwhile. It waited at %s. Look there for .item(), .tolist(), "
+        "step %d, like the %d before it, made the host wait for the GPU, %d times; the GPU "
+        "runs dry meanwhile. It waited at %s. Look there for .item(), .tolist(), "
         "bool(tensor), a mask as index, torch.tensor(..., device='cuda'). Said once; host_syncs in "
         "the metrics counts on",
         step,
         StallWatch.STEPS_IN_A_ROW - 1,
         len(places),
-        by_design,
         ", ".join(f"{place} x {count}" for place, count in counted),
     )

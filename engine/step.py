@@ -16,6 +16,8 @@ from engine.health import NonFinitePolicy
 from engine.neftune import EmbeddingNoise
 from engine.objectives import Objective, combine
 from engine.objectives import SequenceSum as SumOfSequence
+from engine.optim import decides_on_device, update_where
+from engine.stalls import start_reading
 from parallelisms.collectives import SequenceSum, clip_gradients, sum_over
 from parallelisms.context import split_tokens
 from parallelisms.mesh import ParallelDims
@@ -356,15 +358,18 @@ def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport
         "losses": combine(sums, counts, objective.coefficients),
         "metrics": ratios(added_up(sums), totals, objective.metrics),
     }
-    # The one host synchronisation of a step; `stalls.py` tells of any other. All values are
-    # global: every rank takes one branch.
-    values = iter(torch.cat(list(told.values())).tolist())
+    # The one wait of a step, for these values alone, while the update is queued behind them. All
+    # are global: every rank takes one branch.
+    read = start_reading(torch.cat(list(told.values())))
+    if decided := decides_on_device(trainer.optimizer, trainer.device):
+        update_where(trainer.optimizer, loss.isfinite() & norm.isfinite())
+    values = iter(read())
     found = {name: [next(values) for _ in range(len(value))] for name, value in told.items()}
     (loss,), (norm,) = found["loss"], found["grad_norm"]
     updated = trainer.nonfinite.allows_update(
         step, loss=loss, grad_norm=norm, named_parameters=trainer.model.named_parameters
     )
-    if updated:
+    if updated and not decided:
         trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     return StepReport(

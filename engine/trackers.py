@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.metrics import MetricsConfig
-from engine.stalls import HOST_SYNCS_OF_A_STEP
 
 log = logging.getLogger("tessera")
 
@@ -189,7 +188,7 @@ def format_row(step: int, total_steps: int, values: Values) -> str:
     ]
     if compilations := values.get("compilations"):
         parts.append(f"compilations {compilations:.0f}")
-    if (syncs := values.get("host_syncs")) is not None and syncs > HOST_SYNCS_OF_A_STEP:
+    if syncs := values.get("host_syncs"):
         parts.append(f"host_syncs {syncs:.1f}")
     if (seconds := values.get("seconds_left")) is not None:
         parts.append(f"left {format_duration(seconds)}")

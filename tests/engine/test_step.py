@@ -4,14 +4,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine.data.batch import IGNORED_LABEL, Batch
-from engine.health import NonFiniteError
 from engine.objectives import SequenceSum, combine
 from engine.objectives.pretrain import Pretrain
 from engine.optim import OptimizerConfig
@@ -28,6 +26,7 @@ from engine.step import (
 from tests.engine.training_cases import (
     ROWS_PER_STEP,
     RaggedRows,
+    local_part,
     make_trainer,
     whole_parameters,
 )
@@ -227,8 +226,8 @@ def train_frozen(rank: int, world_size: int, case: Case, frozen: tuple[str, ...]
         with_gradient=with_gradient,
         with_state={name for name, p in named.items() if p in states},
         num_states=len(states),
-        moment_bytes=sum(_local(s["exp_avg"]).nbytes for s in states.values()),
-        changed_bytes=sum(_local(named[name]).nbytes for name in changed),
+        moment_bytes=sum(local_part(s["exp_avg"]).nbytes for s in states.values()),
+        changed_bytes=sum(local_part(named[name]).nbytes for name in changed),
     )
 
 
@@ -278,50 +277,6 @@ def test_bf16_compute_with_fp32_masters_learns_as_fp32_does(ranks: RankPool) -> 
     (rounded,) = ranks(1, loss_after_300_steps, True, timeout_seconds=240)
     assert exact < 3.0, "from 4.2, what guessing gives"
     assert rounded == pytest.approx(exact, rel=0.01)
-
-
-def nonfinite_step(rank: int, world_size: int, case: Case, action: str) -> tuple[bool, int, bool]:
-    """Take a step, one with a NaN in a weight's path, and another; return what changed."""
-    trainer = make_trainer(case, local_batch_size=4 // case.world_size, action=action)
-    train_step(trainer, 1)
-    before = whole_parameters(trainer)
-    moments = {k: v["exp_avg"].clone() for k, v in trainer.optimizer.state.items()}
-    numbers = count()
-    inner = trainer.objective.sums
-
-    def poisoned(logps_BT: Tensor, batch, sequence_sum):
-        sums = inner(logps_BT, batch, sequence_sum)
-        return {"nll": sums["nll"] * math.nan} if next(numbers) == 1 else sums
-
-    trainer.objective.sums = poisoned  # pyright: ignore[reportAttributeAccessIssue]
-    report = train_step(trainer, 2)
-    after = whole_parameters(trainer)
-    same = all(torch.equal(before[name], after[name]) for name in before) and all(
-        torch.equal(_local(moments[k]), _local(v["exp_avg"]))
-        for k, v in trainer.optimizer.state.items()
-    )
-    again = train_step(trainer, 3)
-    return same and not report.updated, trainer.nonfinite.num_skipped_steps, again.updated
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return getattr(tensor, "to_local", lambda: tensor)()
-
-
-@pytest.mark.parametrize("case", [Case(shard=2), Case(tp=2)], ids=str)
-def test_a_skipped_step_changes_no_weight_and_no_moment_and_the_next_one_trains(
-    ranks: RankPool, case: Case
-) -> None:
-    for unchanged, num_skipped, trained_again in ranks(
-        case.world_size, nonfinite_step, case, "skip"
-    ):
-        assert unchanged and num_skipped == 1 and trained_again
-
-
-def test_a_step_that_is_not_finite_stops_the_run_and_names_the_step(ranks: RankPool) -> None:
-    with pytest.raises(Exception, match="step 2 is not finite") as caught:
-        ranks(2, nonfinite_step, Case(shard=2), "stop")
-    assert NonFiniteError.__name__ in repr(caught.value) + str(caught.value)
 
 
 def gradients(rank: int, world_size: int, case: Case) -> tuple[float, dict[str, Tensor]]:

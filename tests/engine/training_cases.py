@@ -128,6 +128,11 @@ def held_out(
     )
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor."""
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
 def whole_parameters(trainer: Trainer) -> dict[str, Tensor]:
     """Gather every parameter; every rank must call this."""
     return {
