@@ -64,7 +64,9 @@ def _llama_8b(
     )
 
 
-def _llama_1b(name: str, rows: int, *more: str, floor: float | None = None) -> BenchRow:
+def _llama_1b(
+    name: str, rows: int, *more: str, attention: str = "sdpa", floor: float | None = None
+) -> BenchRow:
     """Return the shape of Llama 1B with a head of its own, on one GPU.
 
     16 bytes for each of its 1.50 billion parameters, and about 12.3 GiB for each row: 71.6 GiB for
@@ -75,7 +77,7 @@ def _llama_1b(name: str, rows: int, *more: str, floor: float | None = None) -> B
         gpus=1,
         config_file="train_configs/llama3_1b.toml",
         overrides=(
-            *_speed(rows, "sdpa"),
+            *_speed(rows, attention),
             "--model.hf_assets_path=scripts/bench/llama_1b_untied",
             *more,
         ),
@@ -204,6 +206,8 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _llama_1b("1 GPU, sdpa", 4, floor=48000.0),
         _llama_1b("1 GPU, sdpa, 6 rows", 6, floor=48000.0),
         _llama_1b("1 GPU, sdpa, 8 rows", 8, floor=48000.0),
+        _llama_1b("1 GPU, flash", 4, attention="flash", floor=48000.0),
+        _llama_1b("1 GPU, flash, 8 rows", 8, attention="flash", floor=48000.0),
     ),
     # Masters, two moments and gradients of 8.03 billion parameters in fp32 are 60 GiB on each of
     # two GPUs. A row of 8,192 tokens takes about 41 GiB more without checkpointing, 21 with that
