@@ -78,6 +78,7 @@ def apply_fsdp(
         reduce_dtype=precision.reduce_dtype,
         cast_forward_inputs=False,
     )
+    whole = _whole_frozen(model, mesh, precision)
     offload = OffloadPolicy()
     if precision.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
@@ -89,6 +90,7 @@ def apply_fsdp(
             mp_policy=precision_policy,
             offload_policy=offload,
             reshard_after_forward=reshard_after_forward,
+            ignored_params=whole,
         )
 
     tied = {name.rpartition(".")[0] for pair in plan.tied for name in pair}
@@ -116,6 +118,24 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _whole_frozen(
+    model: nn.Module, mesh: DeviceMesh, precision: PrecisionConfig
+) -> set[nn.Parameter]:
+    """Return the frozen parameters that each rank holds whole and in the dtype that computes.
+
+    FSDP2 would copy them in every pass, even on a mesh of one.
+    """
+    if mesh.size(-1) > 1 or precision.cpu_offload:
+        return set()
+    return {
+        parameter
+        for parameter in model.parameters()
+        if not parameter.requires_grad
+        and parameter.dtype == precision.param_dtype
+        and not hasattr(getattr(parameter, "_local_tensor", parameter), "fsdp_pre_all_gather")
+    }
 
 
 def _leave_no_view(module: nn.Module, args: Any, output: Any) -> Any:

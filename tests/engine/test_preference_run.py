@@ -86,6 +86,8 @@ def test_a_reference_asked_once_gives_the_run_of_one_asked_in_every_step(
         return built[-1]
 
     monkeypatch.setattr("engine.reference.build_reference", counted)
+    # As among several ranks: one holds frozen parameters whole, and gathers none.
+    monkeypatch.setattr("parallelisms.fsdp._whole_frozen", lambda *args: set())
     kept = ("--checkpoint.enable", "--checkpoint.no_last_save_model_only")
     online = run(tmp_path, "online", *kept)
     assert all(isinstance(one, DTensor) for one in built[0].parameters()), "some stay gathered"

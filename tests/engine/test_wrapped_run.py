@@ -117,6 +117,8 @@ def test_the_reference_of_a_wrapped_model_starts_as_it_does_and_may_be_its_own_f
         return built[-1]
 
     monkeypatch.setattr("engine.reference.build_reference", kept)
+    # As among several ranks: one holds frozen parameters whole, and gathers none.
+    monkeypatch.setattr("parallelisms.fsdp._whole_frozen", lambda *args: set())
     folder_without_prefix(tmp_path / "hf")
     write_pairs(tmp_path / "pairs.jsonl", range(6))
     write_pairs(tmp_path / "held_out.jsonl", range(6, 9))

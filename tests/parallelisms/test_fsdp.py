@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from parallelisms.collectives import clip_gradients
 from parallelisms.fsdp import PrecisionConfig
+from tests.engine.training_cases import local_part
 from tests.parity.cases import Case, batch, build_case, compare, forward, train
 from tests.ranks import RankPool
 
@@ -141,6 +142,40 @@ def test_a_forward_without_gradient_between_steps_changes_nothing(
     ranks: RankPool, case: Case
 ) -> None:
     ranks(case.world_size, validation_between_steps, case)
+
+
+def kept_in_place(rank: int, world_size: int, case: Case) -> tuple[bool, bool]:
+    """Say whether the forward pass reads a frozen and a trained weight where the rank keeps them."""
+    model, dims = build_case(case, frozen=("model.layers.0.mlp.up_proj",))
+    found: dict[str, bool] = {}
+    for name in ("up_proj", "gate_proj"):
+        linear = model.get_submodule(f"model.layers.0.mlp.{name}")
+        place = local_part(linear.weight).data_ptr()
+
+        def note(module: nn.Module, args: tuple[torch.Tensor], name=name, place=place) -> None:
+            found[name] = local_part(module.get_parameter("weight")).data_ptr() == place
+
+        linear.register_forward_pre_hook(note)
+    train(model, dims, case)
+    return found["up_proj"], found["gate_proj"]
+
+
+@pytest.mark.parametrize(
+    ("case", "in_place"),
+    [
+        (Case(), True),
+        (Case(replicate=2), True),
+        (Case(tp=2), True),
+        (Case(shard=2), False),
+        (Case(bfloat16=True), False),
+        (Case(offload=True), False),
+    ],
+    ids=lambda value: str(value),
+)
+def test_frozen_weights_that_are_whole_are_not_copied(
+    ranks: RankPool, case: Case, in_place: bool
+) -> None:
+    assert set(ranks(case.world_size, kept_in_place, case)) == {(in_place, False)}
 
 
 def test_the_dtypes_are_described_in_one_line() -> None:
