@@ -7,7 +7,15 @@ from contextlib import contextmanager
 
 import psutil
 
-KINDS = ("starting", "compiling", "training", "waiting for data", "validating", "saving")
+KINDS = (
+    "starting",
+    "compiling",
+    "training",
+    "waiting for data",
+    "validating",
+    "saving",
+    "profiling",
+)
 
 
 def compile_seconds() -> float:

@@ -126,32 +126,34 @@ def _train(run: Run, trackers: Trackers, signals: SignalWatcher) -> None:
     )
     garbage = GarbageCollector(config.training.gc_freq, debug=config.training.gc_debug)
     memory = MemoryWatch(run.trainer.model, run.trainer.optimizer, run.world.device)
-    wall = run.meter.wall
+    meter = run.meter
+    meter.start()
     with profiler, garbage, run.stalls:
         for step in range(first_step, steps + 1):
             row = _take_step(run, step, memory)
             if step == first_step:
                 shorten_timeouts(config.comm)
             if _should_validate(config, step) and row is not None:
-                with wall.spent("validating"):
+                with meter.apart("validating"):
                     row |= _validation_row(_validate(run))
             if row is None:
                 trackers.advance(step)
             else:
                 trackers.write(step, row)
-            profiler.after_step()
+            with meter.apart("profiling"):
+                profiler.after_step()
             garbage.after_step(step)
             stopping = signals.should_stop(run.world.any_rank)
             if stopping or run.checkpointer.should_save(step, last=step == steps):
-                with wall.spent("saving"):
+                with meter.apart("saving"):
                     run.checkpointer.save(step, run.state, last=step == steps)
             if stopping:
                 if not config.checkpoint.enable:
                     log.warning("checkpoint.enable = false: nothing of this run was saved")
                 break
-    with wall.spent("saving"):
+    with meter.apart("saving"):
         run.checkpointer.wait()
-    log.info("%s", wall.describe())
+    log.info("%s", meter.wall.describe())
 
 
 def _take_step(run: Run, step: int, memory: MemoryWatch) -> dict[str, float | None] | None:
@@ -160,7 +162,6 @@ def _take_step(run: Run, step: int, memory: MemoryWatch) -> dict[str, float | No
     steps = config.training.steps
     factor = lr_factor(step, config.lr_scheduler, steps)
     set_learning_rate(run.trainer.optimizer, factor)
-    meter.start_step()
     with memory.watching(), meter.wall.spent("training"):
         report = train_step(run.trainer, step)
     meter.finish_step(

@@ -147,9 +147,10 @@ class TimeLeft:
 class Meter:
     """Adds up what the steps since the last report did, and reports it as a row of numbers.
 
-    Each step is bracketed by `start_step` and `finish_step`, each wait for data by `loading`. All
+    A step lasts from the end of the one before it, or from `start`, to its `finish_step`, less what
+    `apart` took; so work that the device still does when a step ends is counted in the next. All
     amounts are global, over every rank. Times are the host's, so the caller must have read a
-    number back from the device (the loss, say) by the end of a reported step.
+    number back from the device (the loss, say) by the end of a step.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class Meter:
         self._num_steps = 0
         self._step_seconds = 0.0
         self._data_seconds = 0.0
+        self._saving_seconds = 0.0
         self._tokens = 0.0
         self._squared_document_tokens = 0.0
         self._rows = 0
@@ -189,9 +191,19 @@ class Meter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
-    def start_step(self) -> None:
-        """Start the clock of a step."""
+    def start(self) -> None:
+        """Start the clock of the first step."""
         self._step_start = self._clock()
+
+    @contextmanager
+    def apart(self, kind: str) -> Iterator[None]:
+        """Count the time inside as `kind`, one of `goodput.KINDS`, and as no part of a step."""
+        start = self._clock()
+        with self.wall.spent(kind):
+            yield
+        seconds = self._clock() - start
+        self._step_start += seconds
+        self._saving_seconds += seconds if kind == "saving" else 0.0
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -214,7 +226,9 @@ class Meter:
 
         `tokens` are those the model read, padding left out; `trained_tokens` have a label.
         """
-        self._step_seconds += self._clock() - self._step_start
+        now = self._clock()
+        self._step_seconds += now - self._step_start
+        self._step_start = now
         self._num_steps += 1
         self._tokens += tokens
         self._tokens_so_far += tokens
@@ -260,6 +274,7 @@ class Meter:
             "peak_allocated_gib": self._peak_allocated_gib(),
             "step_seconds": seconds / self._num_steps,
             "data_seconds": self._data_seconds / self._num_steps,
+            "saving_seconds": self._saving_seconds,
             "goodput": self.wall.goodput(),
             "seconds_left": self._time_left.seconds(),
             **(extra or {}),

@@ -187,6 +187,7 @@ def summarise(row: BenchRow, lines: list[dict[str, Any]]) -> dict[str, Any]:
         "mfu_documents": statistics.median(line["mfu_documents"] or 0.0 for line in steady),
         "tokens_per_row": round((steady[-1]["tokens"] - before) / rows),
         "data_seconds_per_step": round(statistics.median(x["data_seconds"] for x in steady), 5),
+        "save_seconds": [round(x["saving_seconds"], 3) for x in lines if x["saving_seconds"]],
         "compilations": sum(line["compilations"] for line in steady),
         "host_syncs_per_step": max(line["host_syncs"] or 0 for line in steady),
         "peak_memory_gib": round(max(line["peak_memory_gib"] for line in lines), 1),

@@ -1,6 +1,7 @@
 """What each suite of `python -m scripts.bench run SUITE` trains: one row, one command line."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +162,31 @@ def _adapted_8b(name: str, *more: str) -> BenchRow:
     )
 
 
+_LEAST_ACTIVATIONS = (
+    "--training.local_batch_size=1",
+    "--training.seq_len=512",
+    "--activation_checkpoint.mode=full",
+)
+_FLOAT8_OF_2 = (
+    "--parallelism.data_parallel_shard_degree=2",
+    "--model.converters=float8",
+    *_OPERATIONS_SAVED,
+)
+_ON_2: dict[str, Any] = {"gpus": 2, "local_batch_size": 1, "floor": None}
+
+
+def _saved(async_mode: str) -> tuple[str, ...]:
+    """Return options of three saves, each written before the next; only the first pins memory."""
+    return (
+        "--training.steps=65",
+        "--checkpoint.enable",
+        f"--checkpoint.async_mode={async_mode}",
+        "--checkpoint.interval=20",
+        "--checkpoint.keep_latest_k=1",
+        "--checkpoint.no_last_save_in_hf",
+    )
+
+
 _PRECOMPUTED = "--objective.reference=precomputed"
 _TP2_OF_4 = (
     "--parallelism.data_parallel_shard_degree=2",
@@ -206,8 +232,23 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _llama_1b("1 GPU, sdpa", 4, floor=48000.0),
         _llama_1b("1 GPU, sdpa, 6 rows", 6, floor=48000.0),
         _llama_1b("1 GPU, sdpa, 8 rows", 8, floor=48000.0),
+    ),
+    "flash-1gpu": (
+        _llama_1b("1 GPU, sdpa", 4, floor=48000.0),
         _llama_1b("1 GPU, flash", 4, attention="flash", floor=48000.0),
         _llama_1b("1 GPU, flash, 8 rows", 8, attention="flash", floor=48000.0),
+        _llama_1b(
+            "1 GPU, flash, 8 rows, kept gathered",
+            8,
+            "--parallelism.fsdp_reshard_after_forward=never",
+            attention="flash",
+            floor=60500.0,
+        ),
+    ),
+    "save-1gpu": (
+        _llama_1b("saved while it waits", 4, *_saved("disabled")),
+        _llama_1b("saved in the background", 4, *_saved("async")),
+        _llama_1b("saved in the background, pinned", 4, *_saved("async_with_pinned_mem")),
     ),
     # Masters, two moments and gradients of 8.03 billion parameters in fp32 are 60 GiB on each of
     # two GPUs. A row of 8,192 tokens takes about 41 GiB more without checkpointing, 21 with that
@@ -236,6 +277,16 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
             floor=None,
         ),
     ),
+    "float8-2gpu": (
+        _llama_8b("llama-8b float8 on 2 GPUs, 1 row, selective op", *_FLOAT8_OF_2, **_ON_2),
+        _llama_8b(
+            "llama-8b float8 gathered on 2 GPUs, 1 row, selective op",
+            *_FLOAT8_OF_2,
+            "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+            "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+            **_ON_2,
+        ),
+    ),
     "documents-1gpu": (
         _documents("packed documents, cudnn", "cudnn"),
         _documents("packed documents, flex", "flex"),
@@ -262,6 +313,8 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _adapted_8b("LoRA"),
         _adapted_8b("LoRA, selective op", *_OPERATIONS_SAVED),
         _adapted_8b("QLoRA, selective op", *_OPERATIONS_SAVED, "--model.converters=nf4"),
+        _adapted_8b("LoRA, 1 row of 512, full", *_LEAST_ACTIVATIONS),
+        _adapted_8b("QLoRA, 1 row of 512, full", *_LEAST_ACTIVATIONS, "--model.converters=nf4"),
     ),
     "preference-1gpu": (
         _preference("reference online"),

@@ -41,7 +41,13 @@ def metrics_line(step: int) -> dict[str, Any]:
         **{"step": step, "loss": 9.0 - step / 10, "rows": 4, "tokens": 400 * step, **parts},
         "tokens_per_second_per_device": 400 / seconds,
         "step_seconds": seconds,
-        **{"mfu": 0.5, "mfu_documents": 0.4, "data_seconds": 0.0, "goodput": step / 100},
+        **{
+            "mfu": 0.5,
+            "mfu_documents": 0.4,
+            "data_seconds": 0.0,
+            "saving_seconds": 4.0 * (step == 16),
+            "goodput": step / 100,
+        },
         **{"compilations": 3 * (step < 3), "host_syncs": 1.0, "peak_memory_gib": 64.0},
         "peak_allocated_gib": 60.0,
     }
@@ -59,7 +65,7 @@ def test_medians_are_of_the_steps_between_warm_up_and_profiler(tmp_path: Path) -
     assert found["tokens_per_second_per_gpu"] == round(400 / 1.7, 1)
     assert found["step_seconds"] == {"p10": 1.14, "p50": 1.7, "p90": 2.26}
     assert (found["mfu"], found["mfu_documents"], found["compilations"]) == (0.5, 0.4, 0)
-    assert found["memory_gib"] == {"optimizer": 1.5}
+    assert found["memory_gib"] == {"optimizer": 1.5} and found["save_seconds"] == [4.0]
     assert (found["tokens_per_row"], found["goodput"], found["passed"]) == (100, 0.25, False)
 
 

@@ -35,5 +35,6 @@ def test_wall_time_is_divided_without_counting_a_second_twice() -> None:
     assert wall.goodput() == pytest.approx(0.5)
     assert wall.describe() == (
         "wall time 100.0 s: starting 10.0%, compiling 20.0%, training 50.0%, "
-        "waiting for data 3.0%, validating 8.0%, saving 4.0%, other 5.0%; goodput 50.0%"
+        "waiting for data 3.0%, validating 8.0%, saving 4.0%, profiling 0.0%, other 5.0%; "
+        "goodput 50.0%"
     )

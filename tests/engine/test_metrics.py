@@ -56,7 +56,6 @@ def make_meter(clock: Clock, *, peak: float | None = 1e6, **options: float) -> M
 
 
 def run_step(meter: Meter, clock: Clock, step: int, seconds: float) -> None:
-    meter.start_step()
     with meter.loading():
         clock.now += seconds * 0.1
     clock.now += seconds * 0.9
@@ -67,7 +66,8 @@ def test_a_row_has_the_documented_keys_and_values():
     clock = Clock()
     meter = make_meter(clock, start_step=8, tokens_so_far=5000, trained_tokens_so_far=4000)
     run_step(meter, clock, 9, 1.0)
-    clock.now += 50.0  # a save between steps is no training time
+    with meter.apart("saving"):
+        clock.now += 50.0
     run_step(meter, clock, 10, 3.0)
     row = meter.report(10, loss=2.0, grad_norm=0.5, lr=1e-3, extra={"validation_loss": 2.5})
     assert row.keys() >= REQUIRED_KEYS
@@ -87,6 +87,7 @@ def test_a_row_has_the_documented_keys_and_values():
         "peak_allocated_gib": None,
         "step_seconds": pytest.approx(2.0),
         "data_seconds": pytest.approx(0.2),
+        "saving_seconds": pytest.approx(50.0),
         "goodput": 0.0,
         "seconds_left": pytest.approx(53.0 * 90),
         "validation_loss": 2.5,

@@ -145,7 +145,7 @@ def test_a_forward_without_gradient_between_steps_changes_nothing(
 
 
 def kept_in_place(rank: int, world_size: int, case: Case) -> tuple[bool, bool]:
-    """Say whether the forward pass reads a frozen and a trained weight where the rank keeps them."""
+    """Say whether a frozen and a trained weight are read where the rank keeps them."""
     model, dims = build_case(case, frozen=("model.layers.0.mlp.up_proj",))
     found: dict[str, bool] = {}
     for name in ("up_proj", "gate_proj"):
