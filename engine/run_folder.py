@@ -71,6 +71,9 @@ DECIDES_THE_ROWS = frozenset(
 )
 """Keys that the meaning of a checkpoint's position in the data depends on."""
 
+PATHS = frozenset({"model.hf_assets_path", "model.tokenizer_path", "training.dataset_path"})
+"""Of these, the keys that name a place, where the same may lie under another name."""
+
 SAYS_NOTHING_OF_THE_RUN = frozenset(
     {
         "job.config_file",
@@ -175,12 +178,15 @@ class RunFolder:
         old, new = _read(self.config, config), resolved(config, world_size)
         differences = compare(spread(old, new, schema), spread(new, old, schema))
         only_validates = config.validation.only
-        fatal = [str(d) for d in differences if d.forbids_resuming(only_model=only_validates)]
+        fatal = [d for d in differences if d.forbids_resuming(only_model=only_validates)]
         if fatal and self.holds_checkpoints():
+            has_paths = any(d.key in PATHS for d in fatal)
+            moved = ", or write there where the same has moved to" if has_paths else ""
             raise ValueError(
                 f"job.dump_folder = {config.job.dump_folder!r} holds checkpoints of another "
-                f"configuration, which this one cannot resume from: {'; '.join(fatal)}; set these "
-                f"back (they are in {self.config}), or give another job.dump_folder"
+                f"configuration, which this one cannot resume from: {'; '.join(map(str, fatal))}; "
+                f"set these back (they are in {self.config}){moved}, or give another "
+                "job.dump_folder"
             )
         return differences
 

@@ -107,6 +107,19 @@ def test_a_difference_that_cannot_resume_is_refused_where_a_checkpoint_is(
     assert "give another job.dump_folder" in str(caught.value)
 
 
+def test_a_folder_that_has_moved_can_be_named_anew(tmp_path: Path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    folder = start(configure(tmp_path, f"--model.tokenizer_path={tmp_path / 'here'}"))
+    moved = configure(tmp_path, f"--model.tokenizer_path={tmp_path / 'there'}")
+    with pytest.raises(
+        ValueError, match=r"config\.toml\), or write there where the same has moved"
+    ):
+        folder.check_reuse(moved, 1)
+    folder.config.write_text(folder.config.read_text().replace("/here", "/there"))
+    assert folder.check_reuse(moved, 1) == []
+
+
 def test_another_number_of_ranks_may_not_change_the_global_batch_in_silence(tmp_path: Path):
     folder = start(configure(tmp_path), world_size=2)
     with pytest.raises(ValueError, match=r"training\.global_batch_size: 16 -> 32"):
