@@ -57,8 +57,8 @@ class ModelConfig:
 
     attention: Literal["auto", "eager", "sdpa", "flex", "cudnn", "varlen", "flash"] = "auto"
     """Attention backend; auto takes sdpa on the CPU, or eager for models that cap scores softly,
-    and on CUDA the fastest that can run: cudnn (package nvidia-cudnn-frontend, Hopper and later),
-    else flex."""
+    and on CUDA cudnn where it can run (package nvidia-cudnn-frontend, Hopper and later), else
+    flex."""
 
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """What computes norms, SwiGLU and GEGLU, rotary embedding and the scores of labels: torch, or

@@ -1,8 +1,9 @@
 """cuDNN's attention over documents of unequal length, through the package nvidia-cudnn-frontend.
 
-The fastest document-masked kernel measured on Hopper; figures in README.md. Rows of one document
-take cuDNN's kernel in torch. torch reaches this layout too, but builds its graph anew at each call,
-and the gradients are wrong in torch 2.11 (it takes a head's channels for the longest document).
+The fastest document-masked kernel measured on Hopper but that of flash-attn 4, a beta; figures in
+README.md. Rows of one document take cuDNN's kernel in torch. torch reaches this layout too, but
+builds its graph anew at each call, and the gradients are wrong in torch 2.11 (it takes a head's
+channels for the longest document).
 """
 
 import threading
