@@ -16,6 +16,7 @@ from engine.data.config import DATASETS_FROM_FILES
 from engine.layout_rules import BUDGET_RULES, CONTEXT_RULES, LAYOUT_RULES
 from engine.low_precision import LOW_PRECISION_RULES
 from engine.model_rules import MODEL_RULES
+from engine.name_rules import NAME_RULES
 from engine.preference_rules import PREFERENCE_RULES
 from engine.rules import Facts, Rule, gather_facts
 from engine.schema import raise_mistakes
@@ -296,6 +297,7 @@ RULES: Sequence[Rule] = (
     *COMPILE_RULES,
     *KERNEL_RULES,
     *PRECISION_RULES,
+    *NAME_RULES,
     *DATA_RULES,
     *PREFERENCE_RULES,
     *CHECKPOINT_RULES,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
+from engine.data.chat_templates import template_names
 from engine.data.config import PREFERENCE_FORMATS
 from engine.hf_io import CONFIG_NAME
 from engine.manifest import step_folder, steps_in
@@ -18,6 +19,7 @@ from engine.model import ModelNeeds, choose_backend, difference_from, find_archi
 from engine.objectives import WITH_REFERENCE
 from engine.provenance import HF_PREFIX
 from engine.schema import value_of
+from models.registry import member_names
 from models.sizes import Feature, ModelSizes
 
 if TYPE_CHECKING:
@@ -161,6 +163,21 @@ class Facts:
             held_out = {(one.dataset, one.format or form) for one in config.validation.sources}
             found = found | (held_out or {(config.validation.dataset, form)})
         return found
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """The files of ours that a key can name, by what they hold."""
+        return {
+            "objective": list(member_names("engine.objectives")),
+            "format": list(member_names("engine.data.formats")),
+            "template": template_names(),
+        }
+
+    @property
+    def unknown_format(self) -> str | None:
+        """A format that is read and is neither a file of ours nor a dotted path."""
+        read = sorted(form for dataset, form in self.sources_read if dataset != "dummy")
+        return next((n for n in read if "." not in n and n not in self.names["format"]), None)
 
     @property
     def reads_preferences(self) -> bool:

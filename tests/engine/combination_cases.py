@@ -131,6 +131,21 @@ PAIRS = f"data.format=preference {UNCUT}"
 
 UNPAIRED = f"data.format=unpaired_preference {UNCUT}"
 
+NAME_CASES = {
+    "objective_that_is_not_there": Case(
+        refused="objective.name=dpoo", allowed="objective.name=tests.engine.own_parts"
+    ),
+    "format_that_is_not_there": Case(
+        refused="data.format=chats", allowed="data.format=chats training.dataset=dummy"
+    ),
+    "chat_template_that_is_not_there": Case(
+        refused="data.format=chat data.chat_template=chatlm",
+        allowed="data.format=chat data.chat_template=at_work.jinja",
+        allowed_facts={"is_here": False},
+    ),
+}
+"""By rule."""
+
 PREFERENCE_CASES = {
     "pairs_wanted_and_not_read": Case(
         refused=f"objective.name=dpo {UNPAIRED}",
@@ -233,6 +248,7 @@ ADAPTER_CASES = {
 OTHER_CASES = {
     **BUDGET_CASES,
     **MODEL_CASES,
+    **NAME_CASES,
     **PREFERENCE_CASES,
     **ADAPTER_CASES,
     **LOW_PRECISION_CASES,
