@@ -104,6 +104,13 @@ class Architecture:
         return initial_values(model, self.config, seed=seed, num_threads=cores_of_rank())
 
 
+def _named_family(config: ModelConfig) -> ModelFamily:
+    try:
+        return load_family(config.name)
+    except ValueError as error:
+        raise ValueError(f"model.name = {config.name!r}: {error}") from error
+
+
 def find_architecture(config: ModelConfig) -> Architecture:
     """Return what flavor or config.json say, whatever the device can run."""
     folder = config.hf_assets_path
@@ -114,7 +121,7 @@ def find_architecture(config: ModelConfig) -> Architecture:
         )
     if folder and (Path(folder) / CONFIG_NAME).is_file():
         hf_config = read_hf_config(Path(folder))
-        named = load_family(config.name)
+        named = _named_family(config)
         family = family_for_hf(hf_config) if named.hf_model_types else named
         if family.name != config.name:
             raise ValueError(
@@ -130,7 +137,7 @@ def find_architecture(config: ModelConfig) -> Architecture:
             config=sizes,
             origin=f"{folder}/config.json (model.flavor is ignored)",
         )
-    family = load_family(config.name)
+    family = _named_family(config)
     return Architecture(
         family=family, config=family.flavor(config.flavor), origin=f"flavor {config.flavor}"
     )
@@ -142,7 +149,7 @@ def difference_from(folder: Path, config: ModelConfig, sizes: Any) -> str | None
     That is the first key that differs, or why the run's family cannot read the file; None where
     the two are the same. Dropout, which is never applied, does not count.
     """
-    named = load_family(config.name)
+    named = _named_family(config)
     settings = named.settings or named.config_to_hf
     try:
         theirs = settings(named.config_from_hf(read_hf_config(folder)))

@@ -38,6 +38,11 @@ def test_a_config_json_that_cannot_be_read_is_named(hf_folder: Path) -> None:
         find_architecture(ModelConfig(hf_assets_path=str(hf_folder)))
 
 
+def test_a_family_that_is_not_there_is_refused_by_key() -> None:
+    with pytest.raises(ValueError, match=r"^model\.name = 'lama3'.*did you mean 'llama3'"):
+        find_architecture(ModelConfig(name="lama3"))
+
+
 def test_a_folder_that_is_not_there_is_refused_by_key() -> None:
     with pytest.raises(ValueError, match=r"model\.hf_assets_path = 'nowhere'"):
         find_architecture(ModelConfig(hf_assets_path="nowhere"))
