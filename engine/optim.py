@@ -116,6 +116,8 @@ def update_where(optimizer: Optimizer, allowed: Tensor) -> None:
     """
     optimizer.found_inf = allowed.logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
+    # Left there, it would keep a later `step` of other gradients from updating, without a word.
+    del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _update_rule(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:

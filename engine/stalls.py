@@ -38,8 +38,7 @@ def start_reading(values: Tensor) -> Callable[[], list[float]]:
         return values.tolist
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     copy.copy_(values, non_blocking=True)
-    is_there = torch.cuda.Event()
-    is_there.record()
+    is_there = torch.cuda.current_stream(values.device).record_event()
 
     def read() -> list[float]:
         is_there.synchronize()

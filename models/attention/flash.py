@@ -6,6 +6,7 @@ Rows of one document take version 4's causal kernel, else those of `sdpa`.
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from typing import Any
 
@@ -58,8 +59,19 @@ def installed_version() -> str | None:
 
 
 def _has(module: str) -> bool:
+    if module == "flash_attn.cute":
+        # flash-attn 2.8 brings an early one, without what is called here.
+        return _is_installed("flash-attn-4")
     package = module.split(".")[0]
     return find_spec(package) is not None and find_spec(module) is not None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 @torch.compiler.assume_constant_result

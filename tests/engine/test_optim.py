@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from engine.optim import OptimizerConfig, build_optimizer
+from engine.optim import OptimizerConfig, build_optimizer, decides_on_device, update_where
 
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused")
 REORDERED_ARITHMETIC = 1e-6  # the implementations round in different orders, fp32
@@ -131,6 +131,17 @@ def test_the_implementation_asked_for_is_the_one_used(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_device_decides_where_fused_kernels_run_on_the_one_that_computes(implementation: str):
+    config = OptimizerConfig(implementation=implementation)  # type: ignore[arg-type]
+    optimizer = build_optimizer(small_parameters().items(), config)
+    assert decides_on_device(optimizer, torch.device("cpu")) is (implementation == "fused")
+    assert not decides_on_device(optimizer, torch.device("cuda")), "parameters in host memory"
+    for group in optimizer.param_groups:
+        del group["fused"]  # as those of AdamW8bit
+    assert not decides_on_device(optimizer, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -163,6 +174,10 @@ def update_on_mixed_meshes(rank: int, world_size: int, implementation: str) -> d
     config = OptimizerConfig(lr=0.01, implementation=implementation)  # type: ignore[arg-type]
     optimizer = build_optimizer(parameters.items(), config)
     for step in range(1, 4):
+        if implementation == "fused":  # one is refused before each, the very first included
+            for parameter in parameters.values():
+                parameter.grad = torch.full_like(parameter, torch.nan)
+            update_where(optimizer, torch.tensor(False))
         for name, parameter in parameters.items():
             parameter.grad = distribute_tensor(gradient(parameter, step), *layouts[name])
         optimizer.step()

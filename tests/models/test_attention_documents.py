@@ -15,6 +15,7 @@ from torch.nn.attention import varlen as torch_varlen
 
 from engine.data.batch import document_offsets, longest_document_tokens
 from models.attention import (
+    AttentionCore,
     AttentionMasks,
     eager,
     flash,
@@ -24,6 +25,7 @@ from models.attention import (
 )
 from models.attention import cudnn as cudnn_backend
 from models.decoder import DecoderLM
+from parallelisms.activation_checkpoint import ActivationCheckpointConfig, checkpointed
 from tests.models.tiny import gradients, packed, random_tokens, tiny_model, worst_error
 
 BACKENDS = ("cudnn", "flash", "varlen")
@@ -121,6 +123,7 @@ class Version4:
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, lse: Tensor, **options: Any
     ) -> tuple[Tensor, ...]:
         assert options["causal"] and lse.shape[-2:] == (q.shape[-2], q.shape[-3])
+        assert all(x.is_contiguous() for x in (q, k, v, out, grad, lse))
         joined: list[Any] = Version4.joined(grad, q, k, v, out, **options)
         found = gradients_by_document(*joined, options["softmax_scale"])  # pyright: ignore[reportCallIssue]
         return tuple(x.view_as(y) for x, y in zip(found, (q, k, v), strict=True))
@@ -142,10 +145,23 @@ for operator in (flash.flash_attention_4, flash.flash_attention_4_backward):
 
 
 @pytest.fixture
-def version_4_on_cpu(kernels_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def version_4_on_cpu(
+    kernels_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return which of its functions are called, and with what options."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def noted(function: Any) -> Any:
+        def call(*tensors: Tensor, **options: Any) -> Any:
+            calls.append((function.__name__, options))
+            return function(*tensors, **options)
+
+        return call
+
     monkeypatch.setattr(flash, "_prepared_version", lambda: "FA4")
-    functions = (Version4.forward, Version4.backward)
+    functions = (noted(Version4.forward), noted(Version4.backward))
     monkeypatch.setattr(flash, "_functions_of_version_4", lambda: functions)
+    return calls
 
 
 def rows_of(*rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -186,17 +202,56 @@ def test_they_give_the_loss_and_gradients_of_masked_attention(backend: str) -> N
     assert worst_error(found[1], expected[1]) <= FP32_REORDERED_SUM
 
 
-@pytest.mark.usefixtures("version_4_on_cpu")
 @pytest.mark.parametrize("rows", [[LENGTHS, [32], [1] * 20 + [6]], [[32], [32]]], ids=len)
-def test_version_4_gives_those_of_documents_and_of_whole_rows(rows: list[list[int]]) -> None:
+def test_version_4_gives_those_of_documents_and_of_whole_rows(
+    rows: list[list[int]], version_4_on_cpu: list[Any]
+) -> None:
     positions, documents = rows_of(*rows)
     tokens = random_tokens(*positions.shape)
     given: list[Any] = [tokens, positions]
     given += [documents] if len(rows) == 3 else []
     expected = loss_and_gradients(tiny_model(attention="eager"), *given)
-    found = loss_and_gradients(tiny_model(attention="flash"), *given)
+    model = tiny_model(attention="flash")
+    found = loss_and_gradients(model, *given)
+    num_blocks = len(model.model.layers)
+    called = [name for name, _ in version_4_on_cpu]
+    assert called == ["forward"] * num_blocks + ["backward"] * num_blocks
     assert found[0] == pytest.approx(expected[0], rel=FP32_REORDERED_SUM)
     assert worst_error(found[1], expected[1]) <= FP32_REORDERED_SUM
+
+
+def qkv_across_heads(*tokens: int) -> list[Tensor]:
+    """Return q of four heads, and k and v of two, whose memory has the heads before the tokens."""
+    *rows, length = tokens
+    return [torch.randn(*rows, h, length, 8).transpose(-2, -3).requires_grad_() for h in (4, 2, 2)]
+
+
+@pytest.mark.usefixtures("version_4_on_cpu")
+@pytest.mark.parametrize("offsets", [None, [0, 5, 6, 7]], ids=["whole rows", "documents"])
+def test_operators_of_version_4_are_what_the_compiler_is_told(offsets: list[int] | None) -> None:
+    q, k, v = qkv_across_heads(*((2, 7) if offsets is None else (7,)))
+    given = (None if offsets is None else torch.tensor(offsets, dtype=torch.int32), 5, 0.3)
+    shapes = ("test_schema", "test_faketensor")
+    checks = (*shapes, "test_autograd_registration")
+    torch.library.opcheck(flash.flash_attention_4, (q, k, v, *given), test_utils=checks)
+    out, lse = (x.detach() for x in flash.flash_attention_4(q, k, v, *given))
+    grad = q.detach()  # as strided as q, unlike the values
+    operands = (grad, *(x.detach() for x in (q, k, v)), out, lse)
+    torch.library.opcheck(flash.flash_attention_4_backward, (*operands, *given), test_utils=shapes)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_version_4_is_called_once_where_attention_is_kept_and_as_deterministic_as_asked(
+    deterministic: bool, version_4_on_cpu: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    mask = AttentionMasks("flash", head_dim=8)(torch.arange(7).expand(2, -1))
+    block = AttentionCore("flash")
+    config = ActivationCheckpointConfig(mode="selective", selective_ac_option="op")
+    checkpointed(block.forward, config, block)(*qkv_across_heads(2, 7), mask=mask).sum().backward()
+    (forward, _), (backward, options) = version_4_on_cpu
+    assert (forward, backward) == ("forward", "backward")
+    assert options["deterministic"] is deterministic
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -260,6 +315,7 @@ def test_a_missing_package_is_named(backend: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
     for module in (cudnn_backend, flash):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(flash, "_is_installed", lambda package: False)
     facts: dict[str, Any] = {"device_type": "cuda", "training": True, "head_dim": 64}
     reason = unsupported_reason(backend, **facts, dtype=torch.bfloat16)
     expected = {"cudnn": "nvidia-cudnn-frontend", "flash": "install flash-attn"}
@@ -267,13 +323,18 @@ def test_a_missing_package_is_named(backend: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_newest_installed_flash_attention_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"flash_attn", "flash_attn.cute", "flash_attn.flash_attn_interface"}
-    monkeypatch.setattr(flash, "find_spec", lambda name: name in installed or None)
+    modules = {"flash_attn", "flash_attn.cute", "flash_attn.flash_attn_interface"}
+    packages = {"flash-attn-4"}
+    monkeypatch.setattr(flash, "find_spec", lambda name: name in modules or None)
+    monkeypatch.setattr(flash, "_is_installed", packages.__contains__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
     assert flash.installed_version() == "FA4"
+    packages.clear()
+    assert flash.installed_version() == "FA2", "flash-attn 2.8 alone has the module too"
+    packages.add("flash-attn-4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
     assert flash.installed_version() == "FA2"
-    monkeypatch.setattr(flash, "find_spec", lambda name: None)
+    modules.clear()
     assert flash.installed_version() is None
 
 
@@ -286,6 +347,7 @@ GPU_ROWS = {
     "mixed": [[100, 1, 300, 111], [512], [200]],
     "single_tokens": [[1] * 64 + [448], [511, 1], [2] * 256],
     "full": [[256, 256], [512], [128] * 4],
+    "whole": [[512], [512]],
 }
 
 
@@ -299,14 +361,15 @@ def test_kernels_on_a_gpu_give_what_fp32_gives(backend: str, rows: Any, compiled
     if reason := unsupported_reason(backend, **facts, dtype=torch.bfloat16):
         pytest.skip(reason)
     positions, documents = (x.cuda() for x in rows_of(*rows))
-    tokens = random_tokens(*positions.shape).cuda()
-    expected = loss_and_gradients(gpu_model("eager", torch.float32), tokens, positions, documents)
+    given = [random_tokens(*positions.shape).cuda(), positions]
+    given += [documents] if max(map(len, rows)) > 1 else []
+    expected = loss_and_gradients(gpu_model("eager", torch.float32), *given)
     torch._dynamo.reset()
     model = gpu_model(backend, torch.bfloat16)
     if compiled:
         for block in model.model.layers:
             block.forward = torch.compile(block.forward, fullgraph=True)
-    found = loss_and_gradients(model, tokens, positions, documents)
+    found = loss_and_gradients(model, *given)
     assert found[0] == pytest.approx(expected[0], rel=BF16_ARITHMETIC)
     for name, gradient in expected[1].items():
         error = (found[1][name].float() - gradient).norm() / gradient.norm()
