@@ -23,6 +23,8 @@ VERSIONS = {
 }
 """Name -> module that has it, and the oldest generation of GPUs it runs on; the fastest first."""
 
+LARGEST_HEAD_AFTER_HOPPER = 128  # of flash-attn-4 4.0.0b18, but for 256
+
 prepare = varlen.prepare
 
 
@@ -199,9 +201,18 @@ def unsupported_reason(
     )
     if reason is not None:
         return reason
-    if torch.cuda.is_available() and installed_version() is None:
+    if not torch.cuda.is_available():
+        return None  # another machine will train
+    version = installed_version()
+    if version is None:
         return (
             "no package of flash-attn is installed that runs on this GPU; install flash-attn, or "
             "flash-attn-4 on Hopper GPUs and later ones, or use 'varlen', which torch has"
+        )
+    is_after_hopper = torch.cuda.get_device_capability()[0] > 9
+    if version == "FA4" and is_after_hopper and LARGEST_HEAD_AFTER_HOPPER < head_dim != 256:
+        return (
+            f"flash-attn-4 has kernels for heads of at most {LARGEST_HEAD_AFTER_HOPPER} channels, "
+            f"or of 256, on GPUs after Hopper, and the model has {head_dim}; use 'cudnn' or 'flex'"
         )
     return None

@@ -14,7 +14,7 @@ import models.attention.sdpa
 import models.attention.varlen
 from engine.verify.subject import TINY
 from models.decoder import DECODER_PLAN
-from tests.models.test_attention_documents import cpu_varlen
+from tests.models.document_kernels import cpu_varlen
 from tests.parity.cases import (
     BF16_ARITHMETIC,
     FP32_REORDERED_SUM,
