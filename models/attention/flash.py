@@ -68,6 +68,7 @@ def _has(module: str) -> bool:
     return find_spec(package) is not None and find_spec(module) is not None
 
 
+@cache
 def _is_installed(package: str) -> bool:
     try:
         distribution(package)
