@@ -62,9 +62,9 @@ TRAIN = {
         profiling__profiler_active=2,
         profiling__profiler_warmup=1,
     ),
+    **rows(f"{MODEL}_named_family", model__name="tests.engine.own_parts"),
     **rows(
         f"{MODEL}find_architecture",
-        model__name="tests.engine.own_parts",
         model__flavor="tiny",
         model__hf_assets_path="{folder}/assets",
     ),
