@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from engine.batches import count_step
 from engine.build import Run, build
 from engine.config import JobConfig, check
+from engine.data.config import CHAT_FORMATS
+from engine.data.tokenizer import CHAT_TEMPLATE_FILE
 from engine.distributed import (
     choose_device,
     launched_rank,
@@ -269,4 +271,7 @@ def _say_what_next(run: Run) -> None:
     only_adapters = bool(adapters) and not config.adapter.merge_export
     is_usable = not only_adapters or (len(adapters) == 1 and in_hf)
     if is_usable and is_exported(folder.hf, only_adapters=only_adapters):
-        print(f'  complete:    python scripts/generate.py --model {folder.hf} --prompt "def "')
+        asked = '--prompt "def "'
+        if config.data.format in CHAT_FORMATS and (folder.hf / CHAT_TEMPLATE_FILE).is_file():
+            asked = '--chat --prompt "What does os.walk do?"'
+        print(f"  complete:    python scripts/generate.py --model {folder.hf} {asked}")

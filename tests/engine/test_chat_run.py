@@ -127,7 +127,9 @@ def test_a_question_is_put_in_the_models_chat_template(
         main(["--model", str(hf), "--chat", "--prompt", "x", "--device", "cpu"])
 
 
-def test_fine_tuning_leaves_what_is_frozen_as_it_was(run: Path, tmp_path: Path):
+def test_fine_tuning_leaves_what_is_frozen_as_it_was_and_says_how_to_ask_it(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     shutil.copytree(run / "run" / "hf", tmp_path / "hf")
     options = (
         *("--training.dataset=jsonl", f"--training.dataset_path={run / 'chats.jsonl'}", *CHATS),
@@ -137,6 +139,7 @@ def test_fine_tuning_leaves_what_is_frozen_as_it_was(run: Path, tmp_path: Path):
         *("--model.freeze", "model.embed_tokens", "regex:.*mlp.*"),
     )
     fit(tiny_config(tmp_path, *options))
+    assert "hf --chat --prompt" in capfd.readouterr().out
     before, after = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", tmp_path / "run/hf")
     )
