@@ -38,7 +38,14 @@ from engine.schema import (
     raise_mistakes,
     table_class,
 )
-from engine.tables import apply_option, help_text, owner_of, table_mistakes, toml_word
+from engine.tables import (
+    apply_option,
+    help_text,
+    owner_of,
+    spelled_list,
+    table_mistakes,
+    toml_word,
+)
 
 Config = TypeVar("Config")
 
@@ -248,6 +255,8 @@ def _option_values(
             tables = lists.get(leaf.key, defaults[leaf.key])
             lists[leaf.key], refused = apply_option(leaf, option.name, option.words, tables)
             problems += refused
+        elif key in schema and (items := spelled_list(schema[key], option.words)) is not None:
+            lists[key] = items
         elif key in schema:
             known.append((key, option))
         elif not option.name:

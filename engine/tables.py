@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 import tomli
 
@@ -122,6 +122,15 @@ def apply_option(
     if not words or not accepts(hint, value):
         return list(tables), [f"{option} has the wrong type; give {describe(hint)}"]
     return [{**t, key: value} if t["name"] == entry else t for t in tables], []
+
+
+def spelled_list(leaf: Leaf, words: Sequence[str]) -> list[Any] | None:
+    """Return the list that one word spells as TOML does, `["a", "b"]`; None where it does not."""
+    if get_origin(leaf.hint) is not list or len(words) != 1 or not words[0].startswith("["):
+        return None
+    value = from_toml(leaf.hint, _parsed(words[0]))
+    # A pattern such as [qkv]_proj begins so too, and is an item.
+    return cast("list[Any]", value) if accepts(leaf.hint, value) else None
 
 
 def _parsed(text: str) -> object:

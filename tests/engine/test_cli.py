@@ -74,6 +74,10 @@ def test_a_value_of_the_file_that_the_command_line_replaces_is_not_judged(toml):
         (["--training.names"], "names", []),
         (["--training.names", "x", "y"], "names", ["x", "y"]),
         (["--training.names=x"], "names", ["x"]),
+        (['--training.names=["x", "y"]'], "names", ["x", "y"]),
+        (["--training.names", "[]"], "names", []),
+        (["--training.names", "[qkv]_proj"], "names", ["[qkv]_proj"]),
+        (["--training.names", "[1]"], "names", ["[1]"]),
     ],
 )
 def test_options_of_every_type_arrive(words: list[str], key: str, value: object):
