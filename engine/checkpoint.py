@@ -182,13 +182,14 @@ class Checkpointer:
     def should_save(self, step: int, last: bool = False) -> bool:
         """Whether the configuration asks for a save after `step` steps."""
         config = self._config
-        if not config.enable or config.load_only:
-            return False
-        return (
-            last
-            or step % config.interval == 0
-            or (step == 1 and config.enable_first_step_checkpoint)
-        )
+        is_first = step == 1 and config.enable_first_step_checkpoint
+        is_due = last or is_first or step % config.interval == 0
+        return is_due and config.enable and not config.load_only
+
+    def reserve(self, state: TrainingState) -> None:
+        """Pin the memory of saves in the background, which takes seconds, before one is due."""
+        if self._config.enable and not self._config.load_only and self._copies.pinned:
+            self._copies.reserve(collect(state, self._ranks.rank))
 
     def save(self, step: int, state: TrainingState, *, last: bool = False) -> None:
         """Save now, unless saving is off; `last` applies the `last_save_*` settings.
@@ -377,9 +378,8 @@ class Checkpointer:
     def load(self, state: TrainingState, source: Source | None = None) -> int | None:
         """Load `source`, or what `find` finds, in place; return the step to go on from.
 
-        None means that there was nothing to load and `state` is as it was.
-
-        Sources of the model alone give step 0 and leave optimizer, counters and generators be.
+        None means that there was nothing to load and `state` is as it was. Sources of the model
+        alone give step 0 and leave optimizer, counters and generators be.
         """
         source = source or self.find()
         if source is None:

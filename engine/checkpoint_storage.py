@@ -97,22 +97,28 @@ class HostCopies:
     """
 
     def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned and torch.cuda.is_available()
+        self.pinned = pinned and torch.cuda.is_available()
+        """Whether the memory is pinned, so that a GPU copies into it at its own rate."""
         self._copies: dict[str, Tensor] = {}
 
-    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy all tensors of this rank and return when the copy is whole."""
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Allocate what copies of these tensors need."""
         for name, tensor in tensors.items():
             kept = self._copies.get(name)
             if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
                 self._copies[name] = self._allocate(tensor)
-            _local(self._copies[name]).copy_(_local(tensor), non_blocking=self._pinned)
-        if self._pinned:
+
+    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy all tensors of this rank and return when the copy is whole."""
+        self.reserve(tensors)
+        for name, tensor in tensors.items():
+            _local(self._copies[name]).copy_(_local(tensor), non_blocking=self.pinned)
+        if self.pinned:
             torch.cuda.synchronize()
         return {name: self._copies[name] for name in tensors}
 
     def _allocate(self, tensor: Tensor) -> Tensor:
-        memory = torch.empty_like(_local(tensor), device="cpu", pin_memory=self._pinned)
+        memory = torch.empty_like(_local(tensor), device="cpu", pin_memory=self.pinned)
         if not isinstance(tensor, DTensor):
             return memory
         # Not from_local, which would move the memory to the device of the mesh.

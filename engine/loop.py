@@ -135,6 +135,8 @@ def _train(run: Run, trackers: Trackers, signals: SignalWatcher) -> None:
             row = _take_step(run, step, memory)
             if step == first_step:
                 shorten_timeouts(config.comm)
+                with meter.apart("starting"):
+                    run.checkpointer.reserve(run.state)
             if _should_validate(config, step) and row is not None:
                 with meter.apart("validating"):
                     row |= _validation_row(_validate(run))

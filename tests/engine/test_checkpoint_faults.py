@@ -8,9 +8,10 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.checkpoint import Checkpointer
-from engine.checkpoint_storage import RankGroup
+from engine.checkpoint_storage import HostCopies, RankGroup
 from engine.manifest import CheckpointError, steps_in
 from tests.engine.checkpoint_cases import (
     FILES,
@@ -261,6 +262,32 @@ def test_background_saves_hold_the_values_of_their_step(ranks, tmp_path: Path) -
         saved = ranks(2, save_case, TP2, folder, {"async_mode": mode})
         for _, state, _, _ in ranks(2, load_case, TP2, folder, {}):
             assert_same(saved[0][0], state)
+
+
+@pytest.mark.parametrize("enable", [True, False])
+def test_memory_is_pinned_before_the_first_background_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enable: bool
+) -> None:
+    allocated: list[torch.Size] = []
+
+    def allocate(self: HostCopies, tensor: torch.Tensor) -> torch.Tensor:
+        allocated.append(tensor.shape)
+        return torch.empty_like(tensor)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(HostCopies, "_allocate", allocate)
+    state = toy()
+    checkpointer = toy_checkpointer(tmp_path, async_mode="async_with_pinned_mem", enable=enable)
+    checkpointer._copies.pinned = True
+    checkpointer.reserve(state)
+    assert bool(allocated) == enable
+    reserved = len(allocated)
+    toy_step(state)
+    checkpointer.save(1, state)
+    checkpointer.close()
+    assert len(allocated) == reserved
+    if enable:
+        assert_same(gathered(loaded_toy(tmp_path)[1]), gathered(state))
 
 
 def test_a_slow_background_save_does_not_hold_up_training(tmp_path: Path) -> None:
