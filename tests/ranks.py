@@ -6,6 +6,7 @@ A worker that raises, dies or hangs fails its test; the pool is forked anew for 
 """
 
 import ctypes
+import faulthandler
 import gc
 import logging
 import multiprocessing
@@ -56,10 +57,20 @@ class Worker:
 
     process: BaseProcess
     pipe: Connection
+    crash: Path
+    """Where it writes its stacks when a signal such as SIGSEGV ends it."""
+
+    def death(self) -> str:
+        """Say how the process ended."""
+        self.process.join(timeout=1.0)
+        stacks = self.crash.read_text() if self.crash.is_file() else ""
+        return f"the worker died with exit code {self.process.exitcode}\n{stacks}".strip()
 
 
-def _serve(pipe: Connection, path: list[str]) -> None:
+def _serve(pipe: Connection, path: list[str], crash: Path) -> None:
     """Answer tasks until the pipe closes; runs in the worker."""
+    stacks = crash.open("w")
+    faulthandler.enable(stacks)
     if sys.platform == "linux":
         # A worker that hangs must not outlive the test run.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -148,6 +159,7 @@ class RankPool:
     workers: list[Worker] = field(default_factory=list)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="ranks-")))
     calls: int = 0
+    started: int = 0
 
     def __call__(
         self,
@@ -191,10 +203,12 @@ class RankPool:
         context.set_forkserver_preload(PRELOADED_MODULES)
         while len(self.workers) < size:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, sys.path), daemon=True)
+            self.started += 1
+            crash = self.folder / f"crash-{self.started}"
+            process = context.Process(target=_serve, args=(theirs, sys.path, crash), daemon=True)
             process.start()
             theirs.close()
-            self.workers.append(Worker(process, ours))
+            self.workers.append(Worker(process, ours, crash))
 
     def _collect(
         self, workers: list[Worker], timeout_seconds: float
@@ -216,9 +230,7 @@ class RankPool:
                 try:
                     succeeded, value = pickle.loads(waiting[rank].pipe.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    waiting[rank].process.join(timeout=1.0)
-                    code = waiting[rank].process.exitcode
-                    succeeded, value = False, f"the worker died with exit code {code}"
+                    succeeded, value = False, waiting[rank].death()
                 if succeeded:
                     results[rank] = value
                 else:

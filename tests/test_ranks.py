@@ -1,6 +1,7 @@
 """The rank pool itself: results, tracebacks, dead and hung workers."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def dies_on_rank_one(rank: int, world_size: int) -> None:
     dist.barrier()
 
 
+def crashes_on_rank_one(rank: int, world_size: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def hangs_on_rank_one(rank: int, world_size: int) -> None:
     if rank == 1:
         time.sleep(600)
@@ -61,6 +67,11 @@ def test_a_dead_worker_fails_its_test_and_the_pool_goes_on(ranks: RankPool) -> N
     with pytest.raises(RankFailure, match="rank 1: the worker died with exit code 7"):
         ranks(2, dies_on_rank_one)
     assert ranks(2, rank_sum, 0) == [1, 1]
+
+
+def test_a_crashed_worker_leaves_its_stack(ranks: RankPool) -> None:
+    with pytest.raises(RankFailure, match=r"exit code -11\n(.|\n)*in crashes_on_rank_one"):
+        ranks(2, crashes_on_rank_one)
 
 
 def test_a_hung_worker_fails_its_test_in_time_and_the_pool_goes_on(ranks: RankPool) -> None:
