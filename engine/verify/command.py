@@ -38,6 +38,18 @@ class Setting:
     subject: Subject
     model: str
     rules: Rules
+    timeout_seconds: float
+    """Of one plan."""
+
+    def told(self, plans: PlanList) -> dict[str, Any]:
+        """Return what a job over plans is made with."""
+        return {
+            "cases": tuple(plans.cases),
+            "subject": self.subject,
+            "device_type": self.device_type,
+            "fault": self.fault,
+            "timeout_seconds": self.timeout_seconds,
+        }
 
     def report(self, plans: PlanList, **more: Any) -> Report:
         """Return the report of plans, before any has run."""
@@ -148,14 +160,7 @@ def prepare(options: argparse.Namespace) -> tuple[PlanJob, Report]:
         plans.cases.extend(listed.cases)
         plans.refused.update(listed.refused)
     plans = setting.faulty(plans)
-    job = PlanJob(
-        cases=tuple(plans.cases),
-        subject=setting.subject,
-        device_type=setting.device_type,
-        fault=setting.fault,
-        timeout_seconds=options.timeout_seconds,
-    )
-    return job, setting.report(plans)
+    return PlanJob(**setting.told(plans)), setting.report(plans)
 
 
 def find_setting(options: argparse.Namespace, cpu_ranks: int) -> Setting:
@@ -176,6 +181,7 @@ def find_setting(options: argparse.Namespace, cpu_ranks: int) -> Setting:
         subject=subject,
         model=model,
         rules=Rules.of(subject, device_type, num_local_ranks),
+        timeout_seconds=options.timeout_seconds,
     )
 
 

@@ -57,14 +57,8 @@ def _prepare(options: argparse.Namespace) -> tuple[AdapterJob, Report]:
         kinds = [named.adapter]
     setting = find_setting(options, CPU_RANKS)
     plans = setting.faulty(_plans(setting, kinds, options))
-    job = AdapterJob(
-        cases=tuple(plans.cases),
-        subject=setting.subject,
-        device_type=setting.device_type,
-        fault=setting.fault,
-        timeout_seconds=options.timeout_seconds,
-    )
-    return job, setting.report(plans, suite="lora", checks=tuple(CHECKS))
+    report = setting.report(plans, suite="lora", checks=tuple(CHECKS))
+    return AdapterJob(**setting.told(plans)), report
 
 
 def _plans(setting: Setting, kinds: list[str], options: argparse.Namespace) -> PlanList:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.library import CustomOpDef
 
 from models.registry import load_member, member_names
 
@@ -216,6 +217,33 @@ def _optional_member(backend: str, name: str) -> Any:
     return getattr(
         import_module(backend if "." in backend else f"{__name__}.{backend}"), name, None
     )
+
+
+def connect_backward(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Make `backward` the gradient of `forward`: operators of attention document by document.
+
+    `forward(q, k, v, documents, longest, scale)` returns the values and their log-sum-exp;
+    `backward(grad, q, k, v, values, log_sum_exp, documents, longest, scale)` returns the gradients
+    of q, k and v, laid out without gaps.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *qkv, documents, longest, scale = inputs
+        ctx.save_for_backward(*qkv, *output, documents)
+        ctx.settings = (longest, scale)
+
+    def gradients(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+        return (*backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None)
+
+    @backward.register_fake
+    def _(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        whole = torch.contiguous_format
+        grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=whole) for x in (q, k, v))
+        return grad_q, grad_k, grad_v
+
+    forward.register_autograd(gradients, setup_context=keep)
 
 
 class AttentionMasks(nn.Module):

@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import AttentionMask, longest_document, sdpa, whole_row_offsets
+from models.attention import (
+    AttentionMask,
+    connect_backward,
+    longest_document,
+    sdpa,
+    whole_row_offsets,
+)
 
 NEEDS_WHOLE_ROWS = True
 OLDEST_GENERATION = 9  # Hopper; cuDNN has no backward for this layout on earlier ones
@@ -96,27 +102,7 @@ def cudnn_attention_backward(
     return gradients["grad_q"], gradients["grad_k"], gradients["grad_v"]
 
 
-@cudnn_attention_backward.register_fake
-def _(
-    grad_NHC: Tensor, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    whole = torch.contiguous_format
-    q, k, v = (torch.empty_like(x, memory_format=whole) for x in (q_NHC, k_NKC, v_NKC))
-    return q, k, v
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *qkv, documents, longest, scale = inputs
-    ctx.save_for_backward(*qkv, *output, documents)
-    ctx.settings = (longest, scale)
-
-
-def _backward(ctx: Any, grad_NHC: Tensor, grad_lse_NH: Tensor) -> tuple[Any, ...]:
-    gradients = cudnn_attention_backward(grad_NHC, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, None, None, None)
-
-
-cudnn_attention.register_autograd(_backward, setup_context=_keep)
+connect_backward(cudnn_attention, cudnn_attention_backward)
 
 
 def _lse_like(q_NHC: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.attention import AttentionMask, sdpa, varlen
+from models.attention import AttentionMask, connect_backward, sdpa, varlen
 
 NEEDS_WHOLE_ROWS = True
 VERSIONS = {
@@ -158,25 +158,7 @@ def flash_attention_4_backward(
     return grad_q, grad_k, grad_v
 
 
-@flash_attention_4_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    whole = torch.contiguous_format
-    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=whole) for x in (q, k, v))
-    return grad_q, grad_k, grad_v
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *qkv, offsets, longest, scale = inputs
-    ctx.save_for_backward(*qkv, *output, offsets)
-    ctx.settings = (longest, scale)
-
-
-def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    gradients = flash_attention_4_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, None, None, None)
-
-
-flash_attention_4.register_autograd(_backward, setup_context=_keep)
+connect_backward(flash_attention_4, flash_attention_4_backward)
 
 
 @cache
