@@ -54,6 +54,15 @@ DEVICE_RULES = (
         remedy="set it to false, or train on a GPU",
     ),
     Rule(
+        id="copy_engines_without_cuda",
+        keys=("parallelism.fsdp_copy_engine",),
+        applies=lambda f: (
+            f.config.parallelism.fsdp_copy_engine and f.world_size > 1 and f.device_type != "cuda"
+        ),
+        reason="copy engines are parts of GPUs",
+        remedy="set it to false, or train on GPUs",
+    ),
+    Rule(
         id="async_tensor_parallelism_without_cuda",
         keys=("parallelism.enable_async_tensor_parallel",),
         applies=lambda f: (

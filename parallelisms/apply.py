@@ -85,6 +85,7 @@ def parallelize(
         dims.mesh("fsdp"),
         precision=precision,
         reshard=parallel.fsdp_reshard_after_forward,
+        copy_engine=parallel.fsdp_copy_engine,
     )
     now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert now == trainable, "parallelisms leave the set of trained parameters as it was"
@@ -116,6 +117,11 @@ def check(
         raise ValueError(
             'activation_checkpoint.mode = "memory_budget" is a choice of the compiler; set '
             'compile.enable = true with "model" among compile.components, or use mode = "selective"'
+        )
+    if parallel.fsdp_copy_engine and dims.fsdp_degree > 1 and not torch.cuda.is_available():
+        raise ValueError(
+            "parallelism.fsdp_copy_engine = true cannot work: it needs CUDA devices; set it to "
+            "false"
         )
     if not parallel.enable_async_tensor_parallel or dims.tp == 1:
         return

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from parallelisms.copy_engine import gather_by_copy_engine
 from parallelisms.resolve import ResolvedPlan
 
 Reshard = Literal["default", "always", "never"]
@@ -66,11 +67,13 @@ def apply_fsdp(
     *,
     precision: PrecisionConfig,
     reshard: Reshard,
+    copy_engine: bool = False,
 ) -> None:
     """Shard parameters over the last axis of `mesh`, and replicate over the first if it has two.
 
     Units are each module of `first`, each block, `last` together, and the model for what is left.
-    Gradients are added, never averaged: the loss is already divided by global counts.
+    Gradients are added, never averaged: the loss is already divided by global counts. With
+    `copy_engine` no multiprocessor takes part in gathering.
     """
     # Nothing is cast on the way in: cos and sin must reach a block in fp32.
     precision_policy = MixedPrecisionPolicy(
@@ -105,9 +108,11 @@ def apply_fsdp(
         last = [model.get_submodule(name) for name in plan.last]
         shard(last if len(last) > 1 else last[0], reshard_after_forward=reshard == "always")
     shard(model, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            _sum_gradients(module, mesh)
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in units:
+        _sum_gradients(module, mesh)
+    if copy_engine and mesh.size(-1) > 1:
+        gather_by_copy_engine(units, mesh)
 
 
 def reshard(model: nn.Module) -> None:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallelisms.copy_engine import prefer_copy_engines
+
 AXES = ("dp_replicate", "dp_shard", "tp")
 ContextMode = Literal["allgather", "ring", "ulysses"]
 
@@ -22,6 +24,10 @@ class ParallelConfig:
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free gathered parameters after forward: "default" all but the last unit, which comes next."""
+
+    fsdp_copy_engine: bool = False
+    """Gather parameters with the GPUs' copy engines, which leaves the multiprocessors to the model:
+    NCCL 2.28 and symmetric memory, for ranks that share NVLink; elsewhere NCCL gathers as ever."""
 
     tensor_parallel_degree: int = 1
     """Number of ranks that split each matrix multiplication."""
@@ -133,6 +139,9 @@ class ParallelDims:
     balanced: bool = False
     """Tokens are dealt to context-parallel ranks head and tail."""
 
+    copy_engine: bool = False
+    """Parameters are gathered by copy engines."""
+
     device_type: str = ""
     root: DeviceMesh | None = None
     """What parameters lie on: dp_replicate, what they are sharded over, tp."""
@@ -179,6 +188,7 @@ class ParallelDims:
             tp=config.tensor_parallel_degree,
             cp=config.context_parallel_degree,
             balanced=config.balances_tokens,
+            copy_engine=config.fsdp_copy_engine,
         )
 
     @property
@@ -203,6 +213,8 @@ class ParallelDims:
 
     def build(self, device_type: str) -> "ParallelDims":
         """Return the same degrees with meshes; every rank must call it, after the process group."""
+        if self.copy_engine:
+            prefer_copy_engines()
         names = AXES if self.cp == 1 else ("dp_replicate", "dp_shard_cp", "tp")
         shape = (self.dp_replicate, self.fsdp_degree, self.tp)
         root = init_device_mesh(device_type, shape, mesh_dim_names=names)

@@ -50,6 +50,7 @@ class Case:
     bias: bool = False
     chunks: bool = False
     offload: bool = False
+    copy_engine: bool = False  # parameters gathered by the copy engines of GPUs
     neftune: bool = False  # noise on the embeddings
     objective: str = "pretrain"
     adapter: str = "none"
@@ -91,6 +92,7 @@ WORDS: Mapping[str, tuple[str, object]] = {
     **{name: ("objective", name) for name in OBJECTIVES[1:]},
     **{name: ("adapter", name) for name in ADAPTERS[1:]},
     **{f"reshard-{name}": ("reshard", name) for name in RESHARD[1:]},
+    "copy-engine": ("copy_engine", True),
     **{name: (name, True) for name in ("tied", "bias", "chunks", "offload", "neftune", "bfloat16")},
 }
 """Words of the text form that stand alone -> field and value."""

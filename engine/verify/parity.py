@@ -173,6 +173,7 @@ def parallel_config(case: Case) -> ParallelConfig:
         "sequence_parallel": case.sequence,
         "disable_loss_parallel": not case.loss_parallel,
         "fsdp_reshard_after_forward": case.reshard,
+        "fsdp_copy_engine": case.copy_engine,
     }
     if case.cp > 1:
         fields |= {

@@ -74,7 +74,7 @@ def list_plans(
     if device_type == "cuda":  # how GPUs train; on the CPU a compiler only costs time here
         cover(found, [replace(c, kernels="liger") for c in layouts], {}, refusal, together=1)
         kernels = {"backend": (compiler, ""), "attention": GPU_ATTENTION, "kernels": KERNELS}
-        bf16 = {**kernels, **switches}
+        bf16 = {**kernels, **switches, "copy_engine": (False, True)}
     cover(found, [replace(c, bfloat16=True) for c in layouts], bf16, refusal, together=1)
     return found
 
@@ -113,6 +113,8 @@ def effective(layout: Case, choices: Choices) -> dict[str, tuple[object, ...]]:
     idle = set() if layout.tp > 1 else {"loss_parallel"}
     if layout.cp == 1 or layout.context == "ulysses":
         idle.add("balanced")
+    if layout.shard * layout.cp == 1:
+        idle.add("copy_engine")
     return {name: values for name, values in choices.items() if name not in idle}
 
 

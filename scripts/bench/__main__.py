@@ -59,7 +59,8 @@ def measure(options: argparse.Namespace, *, with_peers: bool) -> int:
         record["rows"].append(run_row(row, options.out.parent, options.timeout_seconds))
         _keep(record, options.out, record["rows"][-1])
         if with_peers:
-            for found in run_peers(row, options.out.parent, options.timeout_seconds):
+            named = options.peer
+            for found in run_peers(row, options.out.parent, options.timeout_seconds, named):
                 record["peers"].append(found)
                 _keep(record, options.out, found)
     print(table([record]))
@@ -118,6 +119,8 @@ def parser() -> argparse.ArgumentParser:
         action.add_argument("--only", default="", help="rows whose name holds this text")
         action.add_argument("--timeout_seconds", type=float, default=300.0, help="of one run")
         action.set_defaults(act=lambda given, peers=with_peers: measure(given, with_peers=peers))
+        if with_peers:
+            action.add_argument("--peer", default="", help="peers whose name begins with this text")
     action = actions.add_parser("floor")
     action.add_argument("suite", help="a suite or a row's name")
     action.add_argument("--only", default="", help="rows whose name holds this text")

@@ -239,10 +239,12 @@ def run_peer(
     return record | json.loads((folder / "result.json").read_text())
 
 
-def run_peers(row: BenchRow, log_folder: Path, timeout_seconds: float) -> list[dict[str, Any]]:
-    """Train a row by every peer that can, one after the other."""
+def run_peers(
+    row: BenchRow, log_folder: Path, timeout_seconds: float, beginning: str = ""
+) -> list[dict[str, Any]]:
+    """Train a row by every peer that can, and whose name begins so, one after the other."""
     told = PeerRow.of(row)
-    names: Sequence[str] = peers_of(told)
+    names: Sequence[str] = [name for name in peers_of(told) if name.startswith(beginning)]
     with tempfile.TemporaryDirectory() as folder:
         if any(not missing(name.partition(" ")[0]) for name in names):
             told.write_rows(Path(folder))

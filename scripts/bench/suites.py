@@ -167,11 +167,9 @@ _LEAST_ACTIVATIONS = (
     "--training.seq_len=512",
     "--activation_checkpoint.mode=full",
 )
-_FLOAT8_OF_2 = (
-    "--parallelism.data_parallel_shard_degree=2",
-    "--model.converters=float8",
-    *_OPERATIONS_SAVED,
-)
+_FSDP2 = "--parallelism.data_parallel_shard_degree=2"
+_FLOAT8_OF_2 = (_FSDP2, "--model.converters=float8")
+_TP2 = ("--parallelism.data_parallel_shard_degree=1", "--parallelism.tensor_parallel_degree=2")
 _ON_2: dict[str, Any] = {"gpus": 2, "local_batch_size": 1, "floor": None}
 
 
@@ -251,36 +249,43 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _llama_1b("saved in the background, pinned", 4, *_saved("async_with_pinned_mem")),
     ),
     # Masters, two moments and gradients of 8.03 billion parameters in fp32 are 60 GiB on each of
-    # two GPUs. A row of 8,192 tokens takes about 41 GiB more without checkpointing, 21 with that
-    # of operations, two rows that share tensor parallelism 50, and logits that are kept 2 each:
-    # expected are 83, 103 and 112 GiB.
+    # two GPUs. A row of 8,192 tokens takes about 41 GiB more without checkpointing, two rows that
+    # share tensor parallelism 50, and logits that are kept 2 each: expected are 103 and 112 GiB.
     "dense-2gpu": (
+        _llama_8b("llama-8b FSDP2 on 2 GPUs, sdpa, 1 row", _FSDP2, **_ON_2),
         _llama_8b(
-            "llama-8b FSDP2 on 2 GPUs, sdpa, 1 row, selective op",
-            "--parallelism.data_parallel_shard_degree=2",
-            *_OPERATIONS_SAVED,
-            gpus=2,
-            local_batch_size=1,
-            floor=None,
+            "llama-8b FSDP2 on 2 GPUs, sdpa, 1 row, copy engines",
+            _FSDP2,
+            "--parallelism.fsdp_copy_engine",
+            **_ON_2,
         ),
         _llama_8b(
-            "llama-8b FSDP2 on 2 GPUs, sdpa, 1 row",
-            "--parallelism.data_parallel_shard_degree=2",
-            gpus=2,
-            local_batch_size=1,
-            floor=None,
+            "llama-8b TP2 on 2 GPUs, sdpa, 2 rows", *_TP2, **{**_ON_2, "local_batch_size": 2}
         ),
         _llama_8b(
-            "llama-8b TP2 on 2 GPUs, sdpa, 2 rows",
-            "--parallelism.tensor_parallel_degree=2",
-            gpus=2,
-            floor=None,
+            "llama-8b TP2 on 2 GPUs, sdpa, 2 rows, asynchronous",
+            *_TP2,
+            "--parallelism.enable_async_tensor_parallel",
+            **{**_ON_2, "local_batch_size": 2},
+        ),
+        _llama_8b(
+            "llama-8b CP2 ring on 2 GPUs, sdpa, a row of 16,384",
+            *_shared(2, "ring"),
+            "--training.seq_len=16384",
+            **_ON_2,
+        ),
+        _llama_8b(
+            "llama-8b FSDP2 on 2 GPUs, cudnn, packed documents",
+            _FSDP2,
+            attention="cudnn",
+            dataset="python_stdlib",
+            **_ON_2,
         ),
     ),
     "float8-2gpu": (
-        _llama_8b("llama-8b float8 on 2 GPUs, 1 row, selective op", *_FLOAT8_OF_2, **_ON_2),
+        _llama_8b("llama-8b float8 on 2 GPUs, 1 row", *_FLOAT8_OF_2, **_ON_2),
         _llama_8b(
-            "llama-8b float8 gathered on 2 GPUs, 1 row, selective op",
+            "llama-8b float8 gathered on 2 GPUs, 1 row",
             *_FLOAT8_OF_2,
             "--quantize.linear.float8.enable_fsdp_float8_all_gather",
             "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",

@@ -35,7 +35,7 @@ def test_torchtitan_is_told_batch_degrees_and_checkpointing_of_a_row(tmp_path: P
     assert found["training"]["local_batch_size"] == 1
     assert found["training"]["steps"] == 25
     assert found["activation_checkpoint"]["mode"] == "none"
-    selective = titan_config(PeerRow.of(SUITES["dense-2gpu"][0]), tmp_path)
+    selective = titan_config(PeerRow.of(SUITES["context-4gpu"][0]), tmp_path)
     assert selective["activation_checkpoint"] == {"mode": "selective", "selective_ac_option": "op"}
 
 

@@ -298,6 +298,7 @@ LAID_OUT = {
 """The model laid out for the first of eight ranks."""
 
 OVERLAPPED = {
+    **rows("parallelisms/mesh.py:ParallelDims.of", parallelism__fsdp_copy_engine=True),
     **rows(SPLIT, parallelism__enable_async_tensor_parallel=True),
     **rows(
         "parallelisms/activation_checkpoint.py:set_memory_budget",
@@ -305,7 +306,7 @@ OVERLAPPED = {
         activation_checkpoint__visualize_memory_budget_pareto=True,
     ),
 }
-"""The same, compiled, for two ranks that have GPUs."""
+"""The same, compiled, for four ranks that have GPUs."""
 
 ON_CUDA = {
     **rows(

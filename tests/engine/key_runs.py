@@ -346,11 +346,12 @@ def _lay_out_on_eight(config: JobConfig, folder: Path, spy: Spy, patch: pytest.M
     _lay_out(config, 8)
 
 
-def _overlap_on_two(config: JobConfig, folder: Path, spy: Spy, patch: pytest.MonkeyPatch) -> None:
+def _overlap_on_four(config: JobConfig, folder: Path, spy: Spy, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "is_available", lambda: True)
     spy.record(patch, "torch.compile", lambda forward, **options: forward)
     spy.record(patch, "parallelisms.apply.overlap_tensor_parallel", lambda mesh: None)
-    _lay_out(config, 2)
+    spy.record(patch, "parallelisms.fsdp.gather_by_copy_engine", lambda modules, mesh: None)
+    _lay_out(config, 4)
     spy.calls["functorch"] = [
         {
             "budget": functorch.activation_memory_budget,
@@ -384,7 +385,7 @@ DRIVERS: dict[str, Callable[[JobConfig, Path, Spy, pytest.MonkeyPatch], None]] =
     "on_from": _fit_with_wandb,
     "compiled": _fit_compiled,
     "laid_out": _lay_out_on_eight,
-    "overlapped": _overlap_on_two,
+    "overlapped": _overlap_on_four,
     "on_cuda": _take_parts,
 }
 """Runs that are more than `fit`, or less."""

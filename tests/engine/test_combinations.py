@@ -111,6 +111,12 @@ CASES = {
         allowed="profiling.enable_memory_snapshot",
         allowed_facts=CUDA,
     ),
+    "copy_engines_without_cuda": Case(
+        refused="parallelism.fsdp_copy_engine",
+        allowed="parallelism.fsdp_copy_engine",
+        world_size=2,
+        allowed_facts=CUDA,
+    ),
     "async_tensor_parallelism_without_cuda": Case(
         refused=f"{ASYNC_TP} compile.enable",
         allowed=f"{ASYNC_TP} compile.enable",

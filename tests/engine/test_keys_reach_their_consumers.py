@@ -226,6 +226,7 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "parallelism.fsdp_reshard_after_forward": lambda s: (
         "never" if set(s.each("fully_shard", "reshard_after_forward")) == {False} else "other"
     ),
+    "parallelism.fsdp_copy_engine": lambda s: len(s.spy.calls["gather_by_copy_engine"]) == 1,
     "checkpoint.folder": lambda s: step_folder(s.run.folder.path / "saved", 6).parent.name,
     "checkpoint.interval": lambda s: s.steps_saved[-1] - s.steps_saved[-2],
     "checkpoint.keep_latest_k": lambda s: len(s.steps_saved),

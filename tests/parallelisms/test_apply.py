@@ -53,6 +53,15 @@ def test_overlapped_tensor_parallelism_is_refused_without_cuda() -> None:
         check_with(parallel={"enable_async_tensor_parallel": True}, enable=True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA devices")
+def test_copy_engines_are_refused_without_cuda_where_there_is_something_to_gather() -> None:
+    asked = ParallelConfig(fsdp_copy_engine=True)
+    settings = (ActivationCheckpointConfig(), CompileConfig())
+    with pytest.raises(ValueError, match=r"fsdp_copy_engine = true.*set it to false"):
+        check(asked, *settings, ParallelDims.of(asked, 2))
+    check(asked, *settings, ParallelDims.of(asked, 1))
+
+
 def test_unknown_compile_settings_are_refused_by_name() -> None:
     wrong: Any = ["model", "optimizer"]
     with pytest.raises(ValueError, match=r"compile\.components.*'optimizer' is not a component"):

@@ -1,8 +1,17 @@
 """Sharding units: what is gathered when, and in which dtype."""
 
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import _symmetric_memory
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -181,3 +190,57 @@ def test_frozen_weights_that_are_whole_are_not_copied(
 def test_the_dtypes_are_described_in_one_line() -> None:
     text = PrecisionConfig(cpu_offload=True).describe()
     assert text == "compute bfloat16, master float32, reduce float32, masters in host memory"
+
+
+def gathered_through_symmetric_memory(rank: int, world_size: int, case: Case) -> None:
+    # The CPU's memory stands in for the pool; each buffer must be made known before it is used.
+    windows: list[tuple[int, str]] = []
+    filled: list[int] = []
+
+    def rendezvous(tensor: Tensor, group: str) -> None:
+        windows.append((tensor.data_ptr(), group))
+
+    def all_gather(output: Tensor, input: Tensor, **more: Any) -> Any:
+        assert output.data_ptr() <= input.data_ptr() < output.data_ptr() + output.nbytes
+        filled.append(output.data_ptr())
+        return gather(output, input, **more)
+
+    gather = dist.all_gather_into_tensor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "use_mem_pool", nullcontext)
+        patch.setattr(torch.cuda, "current_device", lambda: None)
+        patch.setattr(dist, "barrier", lambda **more: None)
+        patch.setattr(dist, "all_gather_into_tensor", all_gather)
+        for name, stand_in in (("get_mem_pool", str), ("set_backend", str)):
+            patch.setattr(_symmetric_memory, name, stand_in)
+        patch.setattr(_symmetric_memory, "rendezvous", rendezvous)
+        patch.delenv("NCCL_CTA_POLICY", raising=False)
+        model, dims = build_case(case)
+        assert os.environ["NCCL_CTA_POLICY"] == "2"
+        loss = train(model, dims, case)
+    mesh = dims.mesh("fsdp")
+    shards = mesh.get_group(mesh.ndim - 1).group_name
+    assert {group for _, group in windows} == {shards}
+    assert [pointer for pointer, _ in windows] == filled
+    assert len(filled) > len(units(rank, world_size, replace(case, copy_engine=False)))
+    compare(model, loss, case).check()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(shard=2, copy_engine=True), Case(replicate=2, shard=2, copy_engine=True, accumulate=2)],
+    ids=str,
+)
+def test_copy_engines_gather_every_unit_into_symmetric_memory(ranks: RankPool, case: Case) -> None:
+    ranks(case.world_size, gathered_through_symmetric_memory, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_copy_engines_of_gpus_gather_without_kernels() -> None:
+    """The plan that users would check it with, in processes of its own."""
+    command = [sys.executable, "-m", "engine.verify", "parity", "--device=cuda"]
+    done = subprocess.run([*command, "--plan=fsdp2-copy-engine"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
