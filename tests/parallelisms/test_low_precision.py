@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from engine.optim import OptimizerConfig, build_optimizer
 from engine.verify.case import parse
 from engine.verify.parity import build_case, train
 from models.decoder import DecoderLM
+from parallelisms import low_precision
 from parallelisms.low_precision import (
     _MEANS,
     CODES,
@@ -25,6 +26,7 @@ from parallelisms.low_precision import (
     _mean,
     convert_linears,
     refuse_other_state,
+    scaled_bits,
     zeros_by_rows,
 )
 from parallelisms.mesh import ParallelConfig, ParallelDims
@@ -58,6 +60,51 @@ def test_gathering_in_float8_changes_no_number_nor_do_scales_computed_ahead(rank
         found = ranks(2, cases.float8_steps, "fsdp2", float8, 2)[0]
         assert found[0] == pytest.approx(losses, rel=FLOAT8_BORDER)
         assert worst_error(found[1], expected) < FLOAT8_BORDER
+
+
+def compiled_cast_steps(
+    rank: int, world_size: int, plan: str, float8: Float8, steps: int
+) -> tuple[Any, int]:
+    """Train with the cast that GPUs take; also return how often it was compiled."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("inductor")
+    with pytest.MonkeyPatch.context() as patch:
+        cast = torch.compile(scaled_bits, fullgraph=True, dynamic=True, backend=counter)
+        patch.setattr(low_precision, "_cast", lambda device_type: cast)
+        return cases.float8_steps(rank, world_size, plan, float8, steps), counter.frame_count
+
+
+def test_the_compiled_cast_of_what_is_gathered_gives_the_same_step(ranks: RankPool):
+    for float8 in (GATHERED, AHEAD):
+        expected = ranks(2, cases.float8_steps, "fsdp2", float8, 2)[0]
+        found, times_compiled = ranks(2, compiled_cast_steps, "fsdp2", float8, 2)[0]
+        assert found[0] == expected[0]
+        assert worst_error(found[1], expected[1]) == 0
+        assert 1 <= times_compiled <= 2, "for all shapes, in both passes"
+
+
+def test_gathered_bits_and_scales_are_those_of_torchao(ranks: RankPool):
+    ranks(1, bits_of_torchao)
+
+
+def bits_of_torchao(rank: int, world_size: int) -> None:
+    from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
+    from torchao.float8.float8_training_tensor import LinearMMConfig
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor as Weight
+
+    convert(GATHERED)  # which puts the cast in place
+    dtype, settings, mesh = torch.float8_e4m3fn, LinearMMConfig(), init_device_mesh("cpu", (1,))
+    values = torch.randn(48, 32) * torch.logspace(-6, 6, 48)[:, None]
+    expected = hp_tensor_to_float8_dynamic(
+        values, dtype, settings, reduce_amax=True, device_mesh=mesh
+    )
+    (bits,), (scale,) = Weight(values, settings, dtype).fsdp_pre_all_gather(mesh)
+    assert torch.equal(scale, expected._scale)
+    assert torch.equal(bits.view(torch.uint8), expected._data.view(torch.uint8))
+    # Scales that were computed before stand, and what they make too large saturates.
+    (bits,), (kept,) = Weight(values, settings, dtype, scale * 4).fsdp_pre_all_gather(mesh)
+    assert kept == scale * 4 and bits.float().abs().max() == torch.finfo(dtype).max
 
 
 def fp32_steps(rank: int, world_size: int, steps: int) -> list[float]:
