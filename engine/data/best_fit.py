@@ -41,21 +41,31 @@ class BestFitPacking:
         self._begins = np.cumsum(np.concatenate([[0], np.bincount(rows)]))
         self.rows_per_epoch = len(self._begins) - 1
         self.tokens_per_epoch = slices.num_tokens
+        # Which slice of a length stands in a row changes with the epoch, its length does not.
+        squares = np.repeat(self._lengths.astype(np.float64) ** 2, counts[self._lengths])
+        self._costs = np.bincount(rows, weights=squares).astype(np.int64)
         if not shuffle:
             longest = self._by_length[self._places[self._begins[:-1]]]
             self._in_order = np.argsort(longest).astype(index)
 
     def plan(self, epoch: int, row: int) -> RowPlan:
         """Return the slices of a row, the longest first."""
-        if self._shuffle:
-            row = Permutation(self.rows_per_epoch, self._seed, epoch, "rows")(row)
-        else:
-            row = int(self._in_order[row])
+        row = self._made_as(epoch, row)
         places = self._places[self._begins[row] : self._begins[row + 1]]
         if self._shuffle:
             lengths = self._lengths, self._ends
             places = deal_equals(places, *lengths, self._seed, epoch)
         return RowPlan([self._slices[int(number)] for number in self._by_length[places]])
+
+    def attention_cost(self, epoch: int, row: int) -> int:
+        """Return the sum of the squared tokens of a row's slices."""
+        return int(self._costs[self._made_as(epoch, row)])
+
+    def _made_as(self, epoch: int, row: int) -> int:
+        """Return the number that a row of an epoch has among the rows as they were made."""
+        if self._shuffle:
+            return Permutation(self.rows_per_epoch, self._seed, epoch, "rows")(row)
+        return int(self._in_order[row])
 
 
 def fit(counts: npt.NDArray[np.integer], seq_len: int) -> npt.NDArray[np.int32]:

@@ -68,6 +68,11 @@ class LengthBatches:
             (row,) = deal_equals(np.array([row]), *lengths, self._seed, epoch)
         return RowPlan([self._slices[int(self._by_length[row])]])
 
+    def attention_cost(self, epoch: int, row: int) -> int:
+        """Return the squared tokens of the slice."""
+        (one,) = self.plan(epoch, row).slices
+        return (one.stop - one.start) ** 2
+
     def rows(self, batch: int) -> range:
         """Return the rows of a batch; batches and rows are numbered over all epochs."""
         epoch, place = divmod(batch, self.batches_per_epoch)

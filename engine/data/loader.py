@@ -10,7 +10,7 @@ import itertools
 import math
 import signal
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from engine.data.balance import deal_evenly
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row, collate
 from engine.data.mixture import MixedRows
 from engine.data.rows import RowSource
@@ -64,8 +65,8 @@ class DataloaderConfig:
 class Dealing:
     """How one optimizer step deals its rows: every rank has as many microbatches of one size.
 
-    Microbatch m of rank r takes the places from (m * R + r) * B of the step, R being
-    `batch_degree` and B `rows_per_microbatch`; places beyond the step's rows are fillers.
+    Which rows of the step a rank gets, `balance.py` says; where they do not fill its places, the
+    last ones are fillers.
     """
 
     rows_per_step: int
@@ -106,10 +107,14 @@ class Dealing:
         return 1 - self.rows_per_step / places
 
     def places(self, batch_rank: int) -> list[int]:
-        """Return the places of a step, from 0, whose rows a rank has."""
-        size, degree = self.rows_per_microbatch, self.batch_degree
-        firsts = [(m * degree + batch_rank) * size for m in range(self.microbatches)]
-        return [n for first in firsts for n in range(first, first + size) if n < self.rows_per_step]
+        """Return the places of a step, from 0, whose rows a rank has if all cost the same."""
+        dealt = deal_evenly(
+            [0] * self.rows_per_step,
+            microbatches=self.microbatches,
+            ranks=self.batch_degree,
+            size=self.rows_per_microbatch,
+        )
+        return [n for places in dealt[batch_rank] for n in places if n < self.rows_per_step]
 
 
 def train_batches(
@@ -143,6 +148,8 @@ def train_batches(
         size=dealing.rows_per_microbatch,
         batch_rank=batch_rank,
         batch_degree=batch_degree,
+        # Batches of the same budget cost about the same.
+        cost=None if rows.batches else rows.attention_cost,
     )
     return _batches(rows, deal, dataloader, pad_to_multiple)
 
@@ -194,15 +201,25 @@ class _Deal:
     size: int
     batch_rank: int
     batch_degree: int
+    cost: Callable[[int], int] | None = None
+    """Of a row by its global number; None: all cost the same."""
 
     def __iter__(self) -> Iterator[list[int]]:
         passes = itertools.count() if self.num_passes is None else range(self.num_passes)
         for number in passes:
             begin = self.start + number * self.num_rows
-            for batch in range(self.num_batches):
-                first = (batch * self.batch_degree + self.batch_rank) * self.size
-                places = range(first, first + self.size)
-                yield [begin + n if n < self.num_rows else FILLER for n in places]
+            for batch in self._dealt(begin):
+                yield [begin + n if n < self.num_rows else FILLER for n in batch]
+
+    def _dealt(self, begin: int) -> Iterable[Sequence[int]]:
+        """Return the places of each microbatch of a pass."""
+        each = self.batch_degree * self.size
+        if self.cost is None or self.batch_degree == 1 or self.num_batches * self.size == 1:
+            firsts = range(self.batch_rank * self.size, self.num_batches * each, each)
+            return (range(first, first + self.size) for first in firsts)
+        costs = [self.cost(begin + n) for n in range(self.num_rows)]
+        counts = {"microbatches": self.num_batches, "ranks": self.batch_degree, "size": self.size}
+        return deal_evenly(costs, **counts)[self.batch_rank]
 
 
 _Unit = list[tuple[int, Row]] | ValueError

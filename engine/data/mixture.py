@@ -197,6 +197,11 @@ class MixedRows:
         own = self._order.num_rows(number, index)
         return replace(self._sources[number].row(own), source=number)
 
+    def attention_cost(self, index: int) -> int:
+        """Return that of the row in its source."""
+        number = self._order.source_of(index)
+        return self._sources[number].attention_cost(self._order.num_rows(number, index))
+
     @property
     def sources(self) -> Sequence[RowSource]:
         """The rows of each source."""
@@ -265,6 +270,10 @@ class NumberedRows:
     def row(self, index: int) -> Row:
         """Return a row with the number of its source."""
         return replace(self._rows.row(index), source=self._number)
+
+    def attention_cost(self, index: int) -> int:
+        """Return that of the row in its source."""
+        return self._rows.attention_cost(index)
 
 
 def numbered(rows: Sequence[RowSource]) -> list[NumberedRows]:

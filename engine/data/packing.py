@@ -42,6 +42,10 @@ class Packing(Protocol):
         """Return the content of a row of an epoch."""
         ...
 
+    def attention_cost(self, epoch: int, row: int) -> int:
+        """Return the sum of the squared tokens of a row's slices."""
+        ...
+
 
 class Permutation:
     """A permutation of `range(size)` that answers for single places, a pure function of its key.
@@ -177,6 +181,10 @@ class ConcatPacking:
             start, place = end, place + 1
         return RowPlan(slices, self._seq_len - self._stride if row > 0 else 0)
 
+    def attention_cost(self, epoch: int, row: int) -> int:
+        """Return the sum of the squared tokens of a window's slices."""
+        return sum((one.stop - one.start) ** 2 for one in self.plan(epoch, row).slices)
+
     def _order(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         if not self._shuffle:
             epoch = 0
@@ -208,3 +216,8 @@ class OneDocumentPacking:
         if self._shuffle:
             row = Permutation(self.rows_per_epoch, self._seed, epoch, "rows")(row)
         return RowPlan([self._slices[row]])
+
+    def attention_cost(self, epoch: int, row: int) -> int:
+        """Return the squared tokens of the slice."""
+        (one,) = self.plan(epoch, row).slices
+        return (one.stop - one.start) ** 2

@@ -54,6 +54,11 @@ class RowSource(Protocol):
         """Return the row with a global number, counted over all epochs."""
         ...
 
+    def attention_cost(self, index: int) -> int:
+        """Return how much a row attends to, the squared tokens of its documents, without reading
+        it; 0 for all where they cost the same or nobody knows."""
+        ...
+
 
 class Part(NamedTuple):
     """A stretch of one document in a row."""
@@ -135,6 +140,12 @@ class TokenRows:
             num_counted_labels=plan.num_counted_labels,
         )
 
+    def attention_cost(self, index: int) -> int:
+        """Return the squared tokens of the documents of a row; 0 where each holds one."""
+        if self.one_document_per_row:
+            return 0
+        return self._packing.attention_cost(*divmod(index, self.rows_per_epoch))
+
     def documents(self, index: int) -> list[int]:
         """Return the documents of the file that a row holds, in order."""
         plan = self._packing.plan(*divmod(index, self.rows_per_epoch))
@@ -195,6 +206,10 @@ class DummyRows:
         self.source_names: tuple[str, ...] = ("dummy",)
         self.fingerprint = digest_of("dummy", seq_len, vocab_size, num_tokens, seed)
         self._key = int(digest_of("dummy", seed)[:16], 16)
+
+    def attention_cost(self, index: int) -> int:
+        """Return 0: all cost the same."""
+        return 0
 
     def row(self, index: int) -> Row:
         """Return a row; the label of its last token is drawn like the others."""

@@ -105,6 +105,10 @@ class StreamedRows:
             self._pass_by(place, index)
         return assemble(self._take(self._lanes[number]), seq_len=self.seq_len)
 
+    def attention_cost(self, index: int) -> int:
+        """Return 0: which rows a rank reads is decided before they are read."""
+        return 0
+
     def _rewind(self, lanes: Collection[int]) -> None:
         self._lanes = {number: _Lane() for number in sorted(lanes)}
         self._unreadable = _BadRecords(self._recipe.on_bad_record)

@@ -55,7 +55,8 @@ class PartRead:
 
     part: Part
     rows: tuple[Read, ...]
-    """In the order of steps, their microbatches, and ranks; fillers are left out."""
+    """In the order of steps, and within one by number, as a step is the sum of its rows; fillers
+    are left out."""
 
     seconds: float
     error: str = ""
@@ -131,12 +132,14 @@ def _read_part(
     config: JobConfig, rows: RowSource, part: Part, counters: Counters, timeout_seconds: float
 ) -> PartRead:
     started = time.perf_counter()
-    microbatches = config.training.dealing(part.ranks).microbatches * part.num_steps
+    each = config.training.dealing(part.ranks).microbatches
     with _ranks(config, rows, part, counters) as pipes:
-        read, error = _collect(pipes, microbatches, timeout_seconds)
-    in_order = [
-        row for microbatch in zip(*read, strict=not error) for one in microbatch for row in one
-    ]
+        read, error = _collect(pipes, each * part.num_steps, timeout_seconds)
+    microbatches = list(zip(*read, strict=not error))
+    in_order: list[Read] = []
+    for first in range(0, len(microbatches), each):
+        step = microbatches[first : first + each]
+        in_order += sorted(row for shares in step for share in shares for row in share)
     seconds = round(time.perf_counter() - started, 2)
     return PartRead(part=part, rows=tuple(in_order), seconds=seconds, error=error)
 

@@ -70,24 +70,13 @@ def _dealt_twice() -> AbstractContextManager[Any]:
     return patch.object(loader._Deal, "__iter__", wrong)
 
 
-def _swapped_ranks() -> AbstractContextManager[Any]:
+def _one_rank() -> AbstractContextManager[Any]:
     open_batches = elastic.open_training_batches
 
     def wrong(
-        config: JobConfig,
-        rows: RowSource,
-        *,
-        batch_rank: int,
-        batch_degree: int,
-        counters: Counters,
+        config: JobConfig, rows: RowSource, *, batch_rank: int, **others: Any
     ) -> Iterator[Batch]:
-        return open_batches(
-            config,
-            rows,
-            batch_rank=(batch_rank + 1) % batch_degree,
-            batch_degree=batch_degree,
-            counters=counters,
-        )
+        return open_batches(config, rows, batch_rank=0, **others)
 
     return patch.object(elastic, "open_training_batches", wrong)
 
@@ -146,11 +135,11 @@ FAULTS = {
         needs="nothing",
         planted=_dealt_twice,
     ),
-    "swapped_ranks": StreamFault(
-        sentence="each rank reads the rows of the next one",
+    "one_rank": StreamFault(
+        sentence="each rank takes itself for the first",
         applies=_several_ranks,
         needs=RANKS,
-        planted=_swapped_ranks,
+        planted=_one_rank,
     ),
     "order_by_rank": StreamFault(
         sentence="each rank shuffles the data in an order of its own",

@@ -52,6 +52,9 @@ class PaddedRows:
         self.rows_per_epoch = len(self.numbers)
         self.tokens_per_epoch = self.rows.tokens_per_epoch
 
+    def attention_cost(self, index: int) -> int:
+        return 0
+
     def row(self, index: int) -> Row:
         row = self.rows.row(self.numbers[index])
         padding = (0, self.seq_len - row.tokens_T.numel())

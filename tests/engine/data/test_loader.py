@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from engine.data.batch import (
     longest_document_tokens,
 )
 from engine.data.loader import DataloaderConfig, train_batches, validation_batches
-from engine.data.rows import RowSource
+from engine.data.rows import DummyRows, RowSource
 
 RowsOf = Callable[..., RowSource]
 NO_WORKERS = DataloaderConfig()
@@ -77,9 +77,13 @@ def steps_on(rows: RowSource, ranks: int, first: int, last: int, **changes: obje
     return found
 
 
-def test_microbatches_deal_each_steps_rows_over_ranks(rows: RowSource):
+EVEN = DummyRows(seq_len=64, vocab_size=64, num_tokens=1 << 20, seed=0)
+"""Rows that all cost the same."""
+
+
+def test_microbatches_deal_each_steps_rows_over_ranks():
     dealt = [
-        [batch.rows_B.tolist() for batch in take(training(rows, rank=rank, ranks=2), 4)]
+        [batch.rows_B.tolist() for batch in take(training(EVEN, rank=rank, ranks=2), 4)]
         for rank in (0, 1)
     ]
     assert dealt == [
@@ -217,9 +221,9 @@ def test_rows_are_padded_to_a_multiple(rows: RowSource):
     assert plain.squared_document_tokens == batch.squared_document_tokens
 
 
-def test_ranks_that_cannot_share_a_step_evenly_get_fillers_in_it(rows: RowSource):
+def test_ranks_that_cannot_share_a_step_evenly_get_fillers_in_it():
     dealt = [
-        [batch.rows_B.tolist() for batch in take(training(rows, rank=rank, ranks=3), 4)]
+        [batch.rows_B.tolist() for batch in take(training(EVEN, rank=rank, ranks=3), 4)]
         for rank in range(3)
     ]
     assert dealt == [
@@ -227,10 +231,39 @@ def test_ranks_that_cannot_share_a_step_evenly_get_fillers_in_it(rows: RowSource
         [[2, 3], [-1, -1], [10, 11], [-1, -1]],
         [[4, 5], [-1, -1], [12, 13], [-1, -1]],
     ]
-    (_, filler, *_) = take(training(rows, rank=1, ranks=3), 2)
+    (_, filler, *_) = take(training(EVEN, rank=1, ranks=3), 2)
     assert (filler.labels_BT == IGNORED_LABEL).all()
     with pytest.raises(ValueError, match=r"training\.global_batch_size = 8 .* ranks, 9; start at"):
-        training(rows, ranks=9)
+        training(EVEN, ranks=9)
+
+
+def attention_of(documents_BT: Iterable[torch.Tensor]) -> int:
+    """Return the squared tokens of the documents of rows, counted token by token."""
+    return sum(
+        int((documents_T == number).sum()) ** 2
+        for documents_T in documents_BT
+        for number in documents_T.unique().tolist()
+        if number != PADDING_DOCUMENT
+    )
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_ranks_have_as_much_to_attend_to_in_each_microbatch(
+    rows_of: RowsOf, jsonl: Path, packing: str
+):
+    rows = rows_of("jsonl", jsonl, seq_len=256, packing=packing)
+    sizes = {"ranks": 4, "global_batch_size": 24, "local_batch_size": 2}
+    steps, waits, whole = 6, 0.0, 0.0
+    shares = [take(training(rows, rank=rank, **sizes), 3 * steps) for rank in range(4)]
+    for meeting in zip(*shares, strict=True):
+        costs = [attention_of(batch.documents_BT) for batch in meeting]
+        waits, whole = waits + max(costs), whole + sum(costs) / len(costs)
+    # In neighbours: eight rows to a meeting, two to a rank.
+    each = [attention_of([rows.row(n).documents_T]) for n in range(24 * steps)]
+    pairs = [sum(each[n : n + 2]) for n in range(0, len(each), 2)]
+    neighbours = sum(max(pairs[n : n + 4]) for n in range(0, len(pairs), 4))
+    assert whole == pytest.approx(sum(each) / 4), "the same rows"
+    assert waits - whole < 0.5 * (neighbours - whole), "ranks wait less for each other"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -106,6 +106,19 @@ def test_documents_are_numbered_from_one_with_positions_from_zero_and_labels_of_
                     assert labels[place] == documents.tokens[tokens[place] - 1], "past the cut"
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_cost_of_a_row_is_known_without_it(
+    rows_with: RowsOf, settings: dict[str, object], shuffle: bool
+):
+    rows = rows_with(shuffle=shuffle, **settings)
+    for index in range(0, 2 * rows.rows_per_epoch, 7):
+        documents_T = rows.row(index).documents_T
+        counts = torch.bincount(documents_T[documents_T != PADDING_DOCUMENT])
+        is_packed = settings["packing"] != "none"
+        assert rows.attention_cost(index) == int((counts**2).sum()) * is_packed
+
+
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_an_epoch_trains_each_label_once_but_those_that_the_settings_leave_out(
