@@ -15,6 +15,9 @@ KINDS = (
     ("collectives", re.compile("nccl", re.IGNORECASE)),
     ("attention", re.compile("flash|fmha|sdpa|attention|attn", re.IGNORECASE)),
     ("matrix products", re.compile("gemm|nvjet|xmma|cutlass|cublas|triton_tem|_mm", re.IGNORECASE)),
+    # Casts and copies around gathering and reducing, those of copy engines between GPUs too.
+    ("copies of shards", re.compile("chunk_cat|split_with_sizes|CopyFunctor|Memcpy")),
+    ("gradient norm", re.compile("LpNormFunctor")),
     ("optimizer", re.compile("multi_tensor|adam", re.IGNORECASE)),
 )
 """Kernels by words of their names, the first that fits; the rest is `other`."""

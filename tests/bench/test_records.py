@@ -28,7 +28,7 @@ from scripts.bench.measure import (
 from scripts.bench.probes import take_probes
 from scripts.bench.suites import SUITES, BenchRow
 from scripts.bench.tables import compare, rewritten, table
-from scripts.bench.trace import covered, summarise_trace
+from scripts.bench.trace import covered, kind_of, summarise_trace
 
 ROW = SUITES["dense-1gpu"][0]
 
@@ -187,6 +187,24 @@ def test_idle_time_is_what_no_kernel_covers_and_collectives_hide_nothing() -> No
     }
     assert found["kernels"] == 5
     assert summarise_trace([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_NNT", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage)", "collectives"),
+        ("void at::native::detail::chunk_cat_cuda_kernel<float, BFloat16>", "copies of shards"),
+        ("multi_tensor_apply_kernel<TensorListMetadata<2>, CopyFunctor<BF", "copies of shards"),
+        ("Memcpy PtoP (Device -> Device)", "copies of shards"),
+        ("multi_tensor_apply_kernel<TensorListMetadata<1>, LpNormFunctor<f", "gradient norm"),
+        ("multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>, Fu", "optimizer"),
+        ("triton_poi_fused_mul_silu_4", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind
 
 
 def record(**speeds: float | None) -> dict[str, Any]:
