@@ -57,10 +57,27 @@ DEVICE_RULES = (
         id="copy_engines_without_cuda",
         keys=("parallelism.fsdp_copy_engine",),
         applies=lambda f: (
-            f.config.parallelism.fsdp_copy_engine and f.world_size > 1 and f.device_type != "cuda"
+            f.config.parallelism.fsdp_copy_engine and f.fsdp_degree > 1 and f.device_type != "cuda"
         ),
         reason="copy engines are parts of GPUs",
         remedy="set it to false, or train on GPUs",
+    ),
+    # Delete when torch's NCCL backend of symmetric memory allocates for a group by name
+    # (NCCLSymmetricMemoryAllocator::alloc), as the compiler's fused operations ask for.
+    Rule(
+        id="copy_engines_with_async_tensor_parallelism",
+        keys=("parallelism.fsdp_copy_engine", "parallelism.enable_async_tensor_parallel"),
+        applies=lambda f: (
+            f.config.parallelism.fsdp_copy_engine
+            and f.config.parallelism.enable_async_tensor_parallel
+            and f.fsdp_degree > 1
+            and f.tp > 1
+        ),
+        reason=(
+            "symmetric memory has one backend in a process: copy engines need NCCL's, in which "
+            "the fused operations of asynchronous tensor parallelism cannot allocate"
+        ),
+        remedy="set one of them to false",
     ),
     Rule(
         id="async_tensor_parallelism_without_cuda",

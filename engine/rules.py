@@ -70,6 +70,11 @@ class Facts:
         """Context-parallel degree."""
         return self.config.parallelism.context_parallel_degree
 
+    @property
+    def fsdp_degree(self) -> int:
+        """Ranks that share one copy of the parameters."""
+        return self.world_size // (self.config.parallelism.data_parallel_replicate_degree * self.tp)
+
     def uses_context(self, mode: str) -> bool:
         """Whether ranks share the tokens of a row in this mode."""
         return self.cp > 1 and self.config.parallelism.context_parallel_mode == mode

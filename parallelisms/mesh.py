@@ -213,7 +213,7 @@ class ParallelDims:
 
     def build(self, device_type: str) -> "ParallelDims":
         """Return the same degrees with meshes; every rank must call it, after the process group."""
-        if self.copy_engine:
+        if self.copy_engine and self.fsdp_degree > 1:
             prefer_copy_engines()
         names = AXES if self.cp == 1 else ("dp_replicate", "dp_shard_cp", "tp")
         shape = (self.dp_replicate, self.fsdp_degree, self.tp)

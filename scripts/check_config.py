@@ -124,12 +124,14 @@ def _report(config: JobConfig, architecture: Architecture, world_size: int) -> N
     for parameter in model.parameters():
         parameter.data = parameter.data.to(precision.stored(parameter.requires_grad))
     gathered = _largest_unit(model, plan, dims) * precision.param_dtype.itemsize
-    # Checkpointing and compilation move no parameter.
+    # Checkpointing, compilation and how GPUs communicate move no parameter.
     resolved = parallelize(
         model,
         plan,
         dims.build("cpu"),
-        parallel=replace(config.parallelism, enable_async_tensor_parallel=False),
+        parallel=replace(
+            config.parallelism, enable_async_tensor_parallel=False, fsdp_copy_engine=False
+        ),
         precision=precision,
         activation_checkpoint=ActivationCheckpointConfig(mode="none"),
         compile=CompileConfig(),

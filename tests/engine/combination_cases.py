@@ -1,4 +1,5 @@
-"""What a case of the table of combinations is; cases of budgets, models' limits, preferences."""
+"""What a case of the table of combinations is; cases of budgets, models' limits, copy engines,
+preferences."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -245,8 +246,30 @@ ADAPTER_CASES = {
 }
 """By rule."""
 
+COPY_ENGINE_ON_4 = (
+    "parallelism.fsdp_copy_engine parallelism.enable_async_tensor_parallel compile.enable "
+    "parallelism.tensor_parallel_degree=2"
+)
+
+COPY_ENGINES = {
+    "copy_engines_without_cuda": Case(
+        refused="parallelism.fsdp_copy_engine",
+        allowed="parallelism.fsdp_copy_engine",
+        world_size=2,
+        allowed_facts={"device_type": "cuda"},
+    ),
+    "copy_engines_with_async_tensor_parallelism": Case(
+        refused=COPY_ENGINE_ON_4,
+        allowed=f"{COPY_ENGINE_ON_4} parallelism.data_parallel_replicate_degree=2",
+        world_size=4,
+        facts={"device_type": "cuda"},
+        allowed_facts={"device_type": "cuda"},
+    ),
+}
+
 OTHER_CASES = {
     **BUDGET_CASES,
+    **COPY_ENGINES,
     **MODEL_CASES,
     **NAME_CASES,
     **PREFERENCE_CASES,

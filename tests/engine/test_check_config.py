@@ -110,6 +110,14 @@ def test_ranks_that_share_rows_are_counted_once(run: Callable[..., Done]):
     assert "2 rows = 1 x 2 data-parallel ranks x 1 microbatches" in done.stdout
 
 
+def test_what_needs_gpus_is_laid_out_without_them(run: Callable[..., Done]):
+    words = ["--world_size=8", "--compile.enable", "--parallelism.tensor_parallel_degree=2"]
+    for key in ("enable_async_tensor_parallel", "fsdp_copy_engine"):
+        done = run(*LLAMA_8B, *words, f"--parallelism.{key}")
+        assert done.returncode == 0, done.stderr
+        assert "fsdp: dim 0 / 4" in done.stdout
+
+
 def test_rows_and_tokens_of_a_step_are_shown(run: Callable[..., Done]):
     words = ["--world_size=8", "--training.global_batch_size=32", "--training.seq_len=8192"]
     done = run(*LLAMA_8B, *words)

@@ -111,12 +111,6 @@ CASES = {
         allowed="profiling.enable_memory_snapshot",
         allowed_facts=CUDA,
     ),
-    "copy_engines_without_cuda": Case(
-        refused="parallelism.fsdp_copy_engine",
-        allowed="parallelism.fsdp_copy_engine",
-        world_size=2,
-        allowed_facts=CUDA,
-    ),
     "async_tensor_parallelism_without_cuda": Case(
         refused=f"{ASYNC_TP} compile.enable",
         allowed=f"{ASYNC_TP} compile.enable",
@@ -354,6 +348,7 @@ ALLOWED = [
     ("parallelism.data_parallel_replicate_degree=4 parallelism.data_parallel_shard_degree=1", 4),
     (f"{TP2} parallelism.data_parallel_replicate_degree=2", 8),
     (f"{TP2} parallelism.disable_loss_parallel", 2),
+    (f"{TP2} parallelism.fsdp_copy_engine", 2),
     (f"{TP2} training.seq_len=255 validation.enable validation.seq_len=255", 2),
     (f"{TP2} parallelism.no_sequence_parallel training.seq_len=255", 2),
     (f"{CP2} training.seq_len=255", 2),

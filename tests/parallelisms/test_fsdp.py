@@ -215,7 +215,8 @@ def gathered_through_symmetric_memory(rank: int, world_size: int, case: Case) ->
         for name, stand_in in (("get_mem_pool", str), ("set_backend", str)):
             patch.setattr(_symmetric_memory, name, stand_in)
         patch.setattr(_symmetric_memory, "rendezvous", rendezvous)
-        patch.delenv("NCCL_CTA_POLICY", raising=False)
+        patch.setenv("NCCL_CTA_POLICY", "")  # so that it is as it was in the end
+        del os.environ["NCCL_CTA_POLICY"]
         model, dims = build_case(case)
         assert os.environ["NCCL_CTA_POLICY"] == "2"
         loss = train(model, dims, case)
@@ -239,7 +240,7 @@ def test_copy_engines_gather_every_unit_into_symmetric_memory(ranks: RankPool, c
 @pytest.mark.gpu
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-def test_copy_engines_of_gpus_gather_without_kernels() -> None:
+def test_copy_engines_of_gpus_give_single_device_gradients() -> None:
     """The plan that users would check it with, in processes of its own."""
     command = [sys.executable, "-m", "engine.verify", "parity", "--device=cuda"]
     done = subprocess.run([*command, "--plan=fsdp2-copy-engine"], capture_output=True, text=True)
