@@ -22,7 +22,7 @@ def deal_evenly(
     places from (m * ranks + r) * size on.
     """
     total = microbatches * ranks * size
-    order = [*sorted(range(len(costs)), key=lambda place: -costs[place])]
+    order = sorted(range(len(costs)), key=lambda place: -costs[place])
     order += range(len(costs), total)
     is_even = len(set(costs)) <= 1
     dealt: list[list[Places]] = [[] for _ in range(ranks)]

@@ -11,11 +11,11 @@ from bisect import bisect_left
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.packing import Permutation, RowPlan, deal_equals
+from engine.data.packing import Packing, Permutation, RowPlan, deal_equals
 from engine.data.slices import DocumentSlices
 
 
-class BestFitPacking:
+class BestFitPacking(Packing):
     """Whole slices in rows, as few rows as best-fit-decreasing needs.
 
     Shuffling permutes the rows, and the slices of each length among the places of that length.
@@ -58,7 +58,7 @@ class BestFitPacking:
         return RowPlan([self._slices[int(number)] for number in self._by_length[places]])
 
     def attention_cost(self, epoch: int, row: int) -> int:
-        """Return the sum of the squared tokens of a row's slices."""
+        """Return the sum of the squared tokens of a row's slices, without dealing them."""
         return int(self._costs[self._made_as(epoch, row)])
 
     def _made_as(self, epoch: int, row: int) -> int:

@@ -7,13 +7,13 @@ so all epochs have the same number of batches, and any batch can be asked for at
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.packing import Permutation, RowPlan, deal_equals
+from engine.data.packing import Packing, Permutation, RowPlan, deal_equals
 from engine.data.slices import DocumentSlices
 
 Integers = npt.NDArray[np.integer]
 
 
-class LengthBatches:
+class LengthBatches(Packing):
     """Rows of one slice each, and which of them are a batch.
 
     Rows of an epoch are numbered by falling length, rounded up to `pad_to_multiple`. A batch is as
@@ -67,11 +67,6 @@ class LengthBatches:
             lengths = self._lengths, self._ends
             (row,) = deal_equals(np.array([row]), *lengths, self._seed, epoch)
         return RowPlan([self._slices[int(self._by_length[row])]])
-
-    def attention_cost(self, epoch: int, row: int) -> int:
-        """Return the squared tokens of the slice."""
-        (one,) = self.plan(epoch, row).slices
-        return (one.stop - one.start) ** 2
 
     def rows(self, batch: int) -> range:
         """Return the rows of a batch; batches and rows are numbered over all epochs."""

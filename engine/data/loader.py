@@ -130,7 +130,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yield one rank's microbatches without end, from the step that begins at `start_row`.
 
-    Each step owns the next G global rows, G being `global_batch_size`; `Dealing` says which rank
+    Each step owns the next G global rows, G being `global_batch_size`; `balance.py` says which rank
     has which of them. Where the rows come in batches, all of these count batches.
     """
     dealing = Dealing.of(
@@ -148,8 +148,8 @@ def train_batches(
         size=dealing.rows_per_microbatch,
         batch_rank=batch_rank,
         batch_degree=batch_degree,
-        # Batches of the same budget cost about the same.
-        cost=None if rows.batches else rows.attention_cost,
+        # Rows of one document are padded to one length, and batches have one budget.
+        cost=None if rows.one_document_per_row or rows.batches else rows.attention_cost,
     )
     return _batches(rows, deal, dataloader, pad_to_multiple)
 

@@ -44,7 +44,7 @@ class Packing(Protocol):
 
     def attention_cost(self, epoch: int, row: int) -> int:
         """Return the sum of the squared tokens of a row's slices."""
-        ...
+        return sum((one.stop - one.start) ** 2 for one in self.plan(epoch, row).slices)
 
 
 class Permutation:
@@ -130,7 +130,7 @@ def mix_words(words: IntOrArray, key: int) -> IntOrArray:
     return cast(IntOrArray, x ^ (x >> 33))
 
 
-class ConcatPacking:
+class ConcatPacking(Packing):
     """Documents joined end to end and cut every `stride` tokens into windows of `seq_len`.
 
     With a stride below `seq_len` windows overlap, and a label is trained in the first window that
@@ -181,10 +181,6 @@ class ConcatPacking:
             start, place = end, place + 1
         return RowPlan(slices, self._seq_len - self._stride if row > 0 else 0)
 
-    def attention_cost(self, epoch: int, row: int) -> int:
-        """Return the sum of the squared tokens of a window's slices."""
-        return sum((one.stop - one.start) ** 2 for one in self.plan(epoch, row).slices)
-
     def _order(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         if not self._shuffle:
             epoch = 0
@@ -201,7 +197,7 @@ class ConcatPacking:
         return self._orders[epoch]
 
 
-class OneDocumentPacking:
+class OneDocumentPacking(Packing):
     """One document a row, or one slice of a document longer than it."""
 
     def __init__(self, slices: DocumentSlices, *, seed: int, shuffle: bool) -> None:
@@ -216,8 +212,3 @@ class OneDocumentPacking:
         if self._shuffle:
             row = Permutation(self.rows_per_epoch, self._seed, epoch, "rows")(row)
         return RowPlan([self._slices[row]])
-
-    def attention_cost(self, epoch: int, row: int) -> int:
-        """Return the squared tokens of the slice."""
-        (one,) = self.plan(epoch, row).slices
-        return (one.stop - one.start) ** 2

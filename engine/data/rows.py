@@ -56,7 +56,7 @@ class RowSource(Protocol):
 
     def attention_cost(self, index: int) -> int:
         """Return how much a row attends to, the squared tokens of its documents, without reading
-        it; 0 for all where they cost the same or nobody knows."""
+        it; 0 for all where nobody knows."""
         ...
 
 
@@ -141,9 +141,7 @@ class TokenRows:
         )
 
     def attention_cost(self, index: int) -> int:
-        """Return the squared tokens of the documents of a row; 0 where each holds one."""
-        if self.one_document_per_row:
-            return 0
+        """Return the squared tokens of the documents of a row; a pair counts as one document."""
         return self._packing.attention_cost(*divmod(index, self.rows_per_epoch))
 
     def documents(self, index: int) -> list[int]:
@@ -208,8 +206,8 @@ class DummyRows:
         self._key = int(digest_of("dummy", seed)[:16], 16)
 
     def attention_cost(self, index: int) -> int:
-        """Return 0: all cost the same."""
-        return 0
+        """Return the squared tokens of a row."""
+        return self.seq_len**2
 
     def row(self, index: int) -> Row:
         """Return a row; the label of its last token is drawn like the others."""

@@ -92,6 +92,14 @@ def test_microbatches_deal_each_steps_rows_over_ranks():
     ]
 
 
+def test_rows_padded_to_one_length_are_dealt_in_their_order(rows_of: RowsOf, jsonl: Path):
+    padded = rows_of("jsonl", jsonl, seq_len=1024, packing="none")
+    assert len({padded.attention_cost(number) for number in range(8)}) > 1
+    for rank, first in enumerate((0, 2)):
+        dealt = [batch.rows_B.tolist() for batch in take(training(padded, rank=rank, ranks=2), 2)]
+        assert dealt == [[first, first + 1], [first + 4, first + 5]]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_steps_own_the_same_rows_on_any_number_of_ranks(rows: RowSource, ranks: int):
     found = steps_on(rows, ranks, first=3, last=6)
