@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.optim import Optimizer
 
-from parallelisms.nf4 import NF4Weight, local_part
+from parallelisms.nf4 import NF4Weight, is_fusible, local_part
 from parallelisms.resolve import SPLIT_DIM, ResolvedPlan, block_linears
 
 Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
@@ -145,8 +145,8 @@ def scaled_bits(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @lru_cache
 def _cast(device_type: str) -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
-    """Return `scaled_bits`; on GPUs one kernel for all lengths."""
-    if device_type != "cuda":
+    """Return `scaled_bits`; on GPUs one kernel for all lengths, where it can be compiled."""
+    if device_type != "cuda" or not is_fusible():
         return scaled_bits
     return torch.compile(scaled_bits, fullgraph=True, dynamic=True)
 

@@ -84,6 +84,16 @@ def test_the_compiled_cast_of_what_is_gathered_gives_the_same_step(ranks: RankPo
         assert 1 <= times_compiled <= 2, "for all shapes, in both passes"
 
 
+@pytest.mark.parametrize("compiles", [True, False])
+def test_the_cast_is_compiled_on_gpus_where_it_can_be(
+    compiles: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(low_precision, "is_fusible", lambda: compiles)
+    choose = low_precision._cast.__wrapped__
+    assert choose("cpu") is scaled_bits
+    assert (choose("cuda") is not scaled_bits) == compiles
+
+
 def test_gathered_bits_and_scales_are_those_of_torchao(ranks: RankPool):
     ranks(1, bits_of_torchao)
 
