@@ -20,6 +20,7 @@ from parallelisms.compile import (
     overlap_tensor_parallel,
 )
 from parallelisms.context import apply_context
+from parallelisms.copy_engine import unsupported_reason
 from parallelisms.freeze import trainable_names
 from parallelisms.fsdp import PrecisionConfig, apply_fsdp
 from parallelisms.low_precision import Float8, convert_linears
@@ -118,10 +119,9 @@ def check(
             'activation_checkpoint.mode = "memory_budget" is a choice of the compiler; set '
             'compile.enable = true with "model" among compile.components, or use mode = "selective"'
         )
-    if parallel.fsdp_copy_engine and dims.fsdp_degree > 1 and not torch.cuda.is_available():
+    if parallel.fsdp_copy_engine and dims.fsdp_degree > 1 and (lack := unsupported_reason()):
         raise ValueError(
-            "parallelism.fsdp_copy_engine = true cannot work: it needs CUDA devices; set it to "
-            "false"
+            f"parallelism.fsdp_copy_engine = true cannot work: {lack}; set it to false"
         )
     if not parallel.enable_async_tensor_parallel or dims.tp == 1:
         return

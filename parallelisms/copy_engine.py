@@ -2,7 +2,8 @@
 
 NCCL (2.28 and later) moves a collective so where its communicator prefers that and the buffer is
 symmetric, at the same place of every rank's window; FSDP2 takes both through its interface for
-collectives of one's own.
+collectives of one's own. From torch 2.13 on FSDP2 can do it alone (`set_symm_mem_for_comm`), and
+scatters so too: then this file is of no more use.
 """
 
 import os
@@ -11,11 +12,23 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.cuda import nccl
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+LEAST_NCCL = (2, 28)
+
 NO_MULTIPROCESSORS = "2"
 """NCCL_CTA_POLICY_ZERO. What lies in no symmetric memory is moved by kernels as before."""
+
+
+def unsupported_reason() -> str | None:
+    """Say why copy engines cannot gather here; None where they can."""
+    if not torch.cuda.is_available():
+        return "it needs CUDA devices"
+    if (found := nccl.version()) < LEAST_NCCL:
+        return f"it needs NCCL {'.'.join(map(str, LEAST_NCCL))}, and torch has {found}"
+    return None
 
 
 def prefer_copy_engines() -> None:

@@ -130,8 +130,8 @@ def _cast_at_once() -> None:
         values, dtype, scale = weight._tensor, weight._dtype, weight._precomputed_scale
         if scale is None:
             scale = tensor_to_scale(values, dtype, reduce_amax=True, device_mesh=mesh)
-        flat = _cast(values.device.type)(values.view(-1), scale, dtype)
-        return (flat.view_as(values),), (scale,)
+        flat = _cast(values.device.type)(values.reshape(-1), scale, dtype)
+        return (flat.view(values.shape),), (scale,)
 
     # In the class: its operations return it, so that FSDP would lose a subclass of it.
     WeightWithDynamicFloat8CastTensor.fsdp_pre_all_gather = pre_all_gather  # pyright: ignore

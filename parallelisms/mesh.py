@@ -27,7 +27,7 @@ class ParallelConfig:
 
     fsdp_copy_engine: bool = False
     """Gather parameters with the GPUs' copy engines, which leaves the multiprocessors to the model:
-    NCCL 2.28 and symmetric memory, for ranks that share NVLink; elsewhere NCCL gathers as ever."""
+    for ranks that share NVLink, with NCCL 2.28 or later."""
 
     tensor_parallel_degree: int = 1
     """Number of ranks that split each matrix multiplication."""

@@ -169,6 +169,10 @@ _LEAST_ACTIVATIONS = (
 )
 _FSDP2 = "--parallelism.data_parallel_shard_degree=2"
 _FLOAT8_OF_2 = (_FSDP2, "--model.converters=float8")
+_GATHERED = (
+    "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+    "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+)
 _TP2 = ("--parallelism.data_parallel_shard_degree=1", "--parallelism.tensor_parallel_degree=2")
 _ON_2: dict[str, Any] = {"gpus": 2, "local_batch_size": 1, "floor": None}
 
@@ -281,14 +285,35 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
             dataset="python_stdlib",
             **_ON_2,
         ),
+        _llama_8b(
+            "llama-8b FSDP2 on 2 GPUs, cudnn, packed documents, 4 microbatches",
+            _FSDP2,
+            "--training.global_batch_size=8",
+            attention="cudnn",
+            dataset="python_stdlib",
+            **_ON_2,
+        ),
+        _llama_8b(
+            "llama-8b FSDP2 on 2 GPUs, sdpa, 1 row, copy engines, kept gathered",
+            _FSDP2,
+            "--parallelism.fsdp_copy_engine",
+            "--parallelism.fsdp_reshard_after_forward=never",
+            **_ON_2,
+        ),
     ),
     "float8-2gpu": (
         _llama_8b("llama-8b float8 on 2 GPUs, 1 row", *_FLOAT8_OF_2, **_ON_2),
         _llama_8b(
             "llama-8b float8 gathered on 2 GPUs, 1 row",
             *_FLOAT8_OF_2,
-            "--quantize.linear.float8.enable_fsdp_float8_all_gather",
-            "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+            *_GATHERED,
+            **_ON_2,
+        ),
+        _llama_8b(
+            "llama-8b float8 gathered on 2 GPUs, 1 row, copy engines",
+            *_FLOAT8_OF_2,
+            *_GATHERED,
+            "--parallelism.fsdp_copy_engine",
             **_ON_2,
         ),
     ),

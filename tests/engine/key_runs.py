@@ -348,6 +348,7 @@ def _lay_out_on_eight(config: JobConfig, folder: Path, spy: Spy, patch: pytest.M
 
 def _overlap_on_four(config: JobConfig, folder: Path, spy: Spy, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
     spy.record(patch, "torch.compile", lambda forward, **options: forward)
     spy.record(patch, "parallelisms.apply.overlap_tensor_parallel", lambda mesh: None)
     spy.record(patch, "parallelisms.fsdp.gather_by_copy_engine", lambda modules, mesh: None)

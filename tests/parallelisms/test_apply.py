@@ -62,6 +62,18 @@ def test_copy_engines_are_refused_without_cuda_where_there_is_something_to_gathe
     check(asked, *settings, ParallelDims.of(asked, 1))
 
 
+def test_copy_engines_are_refused_without_the_nccl_that_has_them() -> None:
+    asked = ParallelConfig(fsdp_copy_engine=True)
+    whole = (asked, ActivationCheckpointConfig(), CompileConfig(), ParallelDims.of(asked, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr("torch.cuda.nccl.version", lambda: (2, 27, 5))
+        with pytest.raises(ValueError, match=r"needs NCCL 2\.28, and torch has \(2, 27, 5\)"):
+            check(*whole)
+        patch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
+        check(*whole)
+
+
 def test_unknown_compile_settings_are_refused_by_name() -> None:
     wrong: Any = ["model", "optimizer"]
     with pytest.raises(ValueError, match=r"compile\.components.*'optimizer' is not a component"):

@@ -208,6 +208,7 @@ def gathered_through_symmetric_memory(rank: int, world_size: int, case: Case) ->
     gather = dist.all_gather_into_tensor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
         patch.setattr(torch.cuda, "use_mem_pool", nullcontext)
         patch.setattr(torch.cuda, "current_device", lambda: None)
         patch.setattr(dist, "barrier", lambda **more: None)
