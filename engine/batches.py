@@ -5,13 +5,15 @@ on other ranks and workers, goes on.
 """
 
 import logging
+import statistics
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 
 from engine.checkpoint_storage import RankGroup
 from engine.config import JobConfig
+from engine.data.balance import dearest_over_mean
 from engine.data.batch import Batch
-from engine.data.loader import train_batches
+from engine.data.loader import Dealing, cost_of, train_batches
 from engine.data.mixture import MixedRows, mix
 from engine.data.rows import RowSource, TokenRows
 from engine.data.sources import open_rows, stream_rows
@@ -21,6 +23,9 @@ from engine.objectives import PAIRED, UNPAIRED
 from engine.step import SourceReport
 
 log = logging.getLogger("tessera")
+
+BALANCE_ROWS = 512
+"""Rows of the first steps whose balance is logged, 10 to 60 microseconds each."""
 
 Counters = MutableMapping[str, int | float]
 """Amounts by name over all ranks since the run began; a checkpoint holds them."""
@@ -202,3 +207,23 @@ def log_dealing(config: JobConfig, batch_degree: int) -> None:
             *(dealing.batch_degree, dealing.rows_per_step, 100 * dealing.filler_share),
             ", ".join(map(str, training.even_degrees())),
         )
+
+
+def log_balance(rows: RowSource, dealing: Dealing) -> None:
+    """Log how evenly ranks attend in the first steps, where rows differ in that."""
+    cost = cost_of(rows)
+    if cost is None or dealing.batch_degree == 1:
+        return
+    as_dealt, in_order = [], []
+    size = dealing.rows_per_step
+    for first in range(0, max(size, BALANCE_ROWS - size + 1), size):
+        costs = [cost(first + place) for place in range(size)]
+        if not any(costs):
+            return
+        as_dealt.append(dearest_over_mean(costs, dealing.deal(costs)))
+        in_order.append(dearest_over_mean(costs, dealing.deal([0] * size)))
+    log.info(
+        "packed rows: the data-parallel rank with most to attend to has %.2f times the mean (%.2f "
+        "if rows were dealt in their order), in the first %d steps",
+        *(statistics.mean(as_dealt), statistics.mean(in_order), len(as_dealt)),
+    )

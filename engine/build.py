@@ -14,6 +14,7 @@ from engine.batches import (
     agree_on_data,
     check_pairs,
     first_counters,
+    log_balance,
     log_dealing,
     open_training_batches,
     open_training_rows,
@@ -99,6 +100,8 @@ def build(config: JobConfig, world: World, folder: RunFolder) -> Run:
     check_pairs(config, read)
     agree_on_data(tokenizer, read)
     _log_work(config, dims, architecture)
+    if rows is not None:
+        log_balance(rows, config.training.dealing(dims.batch_degree))
 
     fingerprint = rows.fingerprint if rows else ""
     checkpointer = build_checkpointer(config, dims, architecture, tokenizer, folder, fingerprint)

@@ -34,6 +34,17 @@ def deal_evenly(
     return dealt
 
 
+def dearest_over_mean(costs: Sequence[int], dealt: Sequence[Sequence[Places]]) -> float:
+    """Return how much the dearest rank of each microbatch costs, in sum, over the ranks' mean.
+
+    That is how much longer ranks attend, who wait for it, than with equal costs; at least 1.
+    """
+    dearest = 0
+    for shares in zip(*dealt, strict=True):
+        dearest += max(sum(costs[p] for p in share if p < len(costs)) for share in shares)
+    return dearest * len(dealt) / sum(costs)
+
+
 def _neighbours(block: Places, size: int) -> list[Places]:
     return [block[first : first + size] for first in range(0, len(block), size)]
 

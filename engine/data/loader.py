@@ -106,15 +106,19 @@ class Dealing:
         places = self.microbatches * self.batch_degree * self.rows_per_microbatch
         return 1 - self.rows_per_step / places
 
-    def places(self, batch_rank: int) -> list[int]:
-        """Return the places of a step, from 0, whose rows a rank has if all cost the same."""
-        dealt = deal_evenly(
-            [0] * self.rows_per_step,
+    def deal(self, costs: Sequence[int]) -> list[list[list[int]]]:
+        """Return the places of each rank's microbatches in a step whose rows have these costs."""
+        return deal_evenly(
+            costs,
             microbatches=self.microbatches,
             ranks=self.batch_degree,
             size=self.rows_per_microbatch,
         )
-        return [n for places in dealt[batch_rank] for n in places if n < self.rows_per_step]
+
+    def places(self, batch_rank: int) -> list[int]:
+        """Return the places of a step, from 0, whose rows a rank has if all cost the same."""
+        mine = self.deal([0] * self.rows_per_step)[batch_rank]
+        return [n for places in mine for n in places if n < self.rows_per_step]
 
 
 def train_batches(
@@ -148,10 +152,15 @@ def train_batches(
         size=dealing.rows_per_microbatch,
         batch_rank=batch_rank,
         batch_degree=batch_degree,
-        # Rows of one document are padded to one length, and batches have one budget.
-        cost=None if rows.one_document_per_row or rows.batches else rows.attention_cost,
+        cost=cost_of(rows),
     )
     return _batches(rows, deal, dataloader, pad_to_multiple)
+
+
+def cost_of(rows: RowSource) -> Callable[[int], int] | None:
+    """Return the costs that rows are dealt by; None where these decide nothing."""
+    # Rows of one document are padded to one length, and batches have one budget.
+    return None if rows.one_document_per_row or rows.batches else rows.attention_cost
 
 
 def validation_batches(
