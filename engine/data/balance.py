@@ -1,4 +1,4 @@
-"""Which rank has which rows of a step, so that all have as much to attend to as they meet.
+"""Which rank has which rows of a step, so that none waits long for another's attention.
 
 Attention is the one part of a packed row whose cost follows from its documents. A step's rows stay
 the same, and so does what it computes, up to the order of sums.
@@ -35,10 +35,8 @@ def deal_evenly(
 
 
 def dearest_over_mean(costs: Sequence[int], dealt: Sequence[Sequence[Places]]) -> float:
-    """Return how much the dearest rank of each microbatch costs, in sum, over the ranks' mean.
-
-    That is how much longer ranks attend, who wait for it, than with equal costs; at least 1.
-    """
+    """Return what the dearest rank of each microbatch costs, in sum, over what ranks cost in the
+    mean: 1 where nobody waits. ZeroDivisionError where nothing costs anything."""
     dearest = 0
     for shares in zip(*dealt, strict=True):
         dearest += max(sum(costs[p] for p in share if p < len(costs)) for share in shares)

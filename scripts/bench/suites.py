@@ -263,14 +263,13 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
             "--parallelism.fsdp_copy_engine",
             **_ON_2,
         ),
-        _llama_8b(
-            "llama-8b TP2 on 2 GPUs, sdpa, 2 rows", *_TP2, **{**_ON_2, "local_batch_size": 2}
-        ),
+        _llama_8b("llama-8b TP2 on 2 GPUs, sdpa, 2 rows", *_TP2, gpus=2, floor=None),
         _llama_8b(
             "llama-8b TP2 on 2 GPUs, sdpa, 2 rows, asynchronous",
             *_TP2,
             "--parallelism.enable_async_tensor_parallel",
-            **{**_ON_2, "local_batch_size": 2},
+            gpus=2,
+            floor=None,
         ),
         _llama_8b(
             "llama-8b CP2 ring on 2 GPUs, sdpa, a row of 16,384",
