@@ -108,16 +108,18 @@ def decides_on_device(optimizer: Optimizer, device: torch.device) -> bool:
     )
 
 
-def update_where(optimizer: Optimizer, allowed: Tensor) -> None:
-    """Update the parameters if `allowed`, a boolean () on the device, says so; do not wait for it.
+def update_where(optimizer: Optimizer, allowed: Tensor, factor: Tensor) -> None:
+    """Update by gradients times `factor` if `allowed` says so; both are scalars on the device.
 
-    Where it says no, parameters, moments and step counts keep their bits: fused kernels of torch
-    read this from `found_inf`, which torch.amp.GradScaler sets likewise.
+    Nothing waits for them. Where it says no, parameters, moments and step counts keep their bits.
+    torch's fused kernels read both from the attributes that torch.amp.GradScaler sets, the factor
+    as what to divide by, and so save a pass over all gradients.
     """
-    optimizer.found_inf = allowed.logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
+    attributes: Any = optimizer
+    attributes.found_inf, attributes.grad_scale = allowed.logical_not().float(), 1.0 / factor
     optimizer.step()
-    # Left there, it would keep a later `step` of other gradients from updating, without a word.
-    del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+    # Left there, they would change a later `step` of other gradients, without a word.
+    del attributes.found_inf, attributes.grad_scale
 
 
 def _update_rule(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:

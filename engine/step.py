@@ -18,8 +18,9 @@ from engine.objectives import Objective, combine
 from engine.objectives import SequenceSum as SumOfSequence
 from engine.optim import decides_on_device, update_where
 from engine.stalls import start_reading
-from parallelisms.collectives import SequenceSum, clip_gradients, sum_over
+from parallelisms.collectives import SequenceSum, sum_over
 from parallelisms.context import split_tokens
+from parallelisms.gradients import clip_factor, gradient_norm, scale_gradients
 from parallelisms.mesh import ParallelDims
 
 Reference = Callable[[Batch, SumOfSequence], Batch]
@@ -346,7 +347,8 @@ def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport
     totals = added_up(counts)
     sums = sum_globally(accumulate_gradients(trainer, batches, totals), dims, "loss")
 
-    norm = clip_gradients(trainer.model.parameters(), trainer.max_norm)
+    norm = gradient_norm(trainer.model.parameters())
+    factor = clip_factor(norm, trainer.max_norm)
     loss = combine(added_up(sums), totals, objective.coefficients)
     told = {
         "loss": loss.unsqueeze(0),
@@ -362,7 +364,7 @@ def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport
     # are global: every rank takes one branch.
     read = start_reading(torch.cat(list(told.values())))
     if decided := decides_on_device(trainer.optimizer, trainer.device):
-        update_where(trainer.optimizer, loss.isfinite() & norm.isfinite())
+        update_where(trainer.optimizer, loss.isfinite() & norm.isfinite(), factor)
     values = iter(read())
     found = {name: [next(values) for _ in range(len(value))] for name, value in told.items()}
     (loss,), (norm,) = found["loss"], found["grad_norm"]
@@ -370,6 +372,7 @@ def _update(trainer: Trainer, step: int, batches: Sequence[Batch]) -> StepReport
         step, loss=loss, grad_norm=norm, named_parameters=trainer.model.named_parameters
     )
     if updated and not decided:
+        scale_gradients(trainer.model.parameters(), factor)
         trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     return StepReport(

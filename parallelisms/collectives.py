@@ -1,15 +1,12 @@
-"""Sums over named axes, the global gradient norm, differentiable collectives, cuts into shards."""
+"""Sums over named axes, differentiable collectives, cuts into shards."""
 
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 
 from parallelisms.mesh import ParallelDims
 
@@ -28,53 +25,6 @@ def sum_over(dims: ParallelDims, axis: str, tensor: Tensor) -> Tensor:
     total = tensor.detach().clone()
     dist.all_reduce(total, group=dims.mesh(axis).get_group())
     return total
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients so that their global norm is at most `max_norm`; return it unscaled.
-
-    Parameters may lie on different meshes, split or replicated. Every rank must call this with
-    the same parameters. The result is a plain fp32 scalar, equal on every rank; nothing waits for
-    the device.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    by_groups: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
-    groups: dict[str, dist.ProcessGroup] = {}
-    device = torch.device("cpu")
-    for gradient, part in zip(gradients, local, strict=True):
-        names = []
-        device = part.device
-        if isinstance(gradient, DTensor):
-            device = torch.device(gradient.device_mesh.device_type)
-            for axis, placement in enumerate(gradient.placements):
-                assert not placement.is_partial(), "gradients are reduced when backward is over"
-                if not placement.is_replicate():
-                    group = gradient.device_mesh.get_group(axis)
-                    groups[group.group_name] = group
-                    names.append(group.group_name)
-        by_groups[tuple(names)].append(part)
-
-    total = torch.zeros((), dtype=torch.float32, device=device)
-    for names, parts in by_groups.items():
-        norms = torch._foreach_norm([part for part in parts if part.numel()], dtype=torch.float32)
-        squares = torch.stack(norms).square().sum().to(device) if norms else total.new_zeros(())
-        for name in names:
-            dist.all_reduce(squares, group=groups[name])
-        total = total + squares
-    norm = total.sqrt()
-    # A norm that is not finite scales nothing, so that the parameters it came from can be named.
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
-    for device_parts in _by_device(local).values():
-        torch._foreach_mul_(device_parts, scale.to(device_parts[0].device))
-    return norm
-
-
-def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
-    found: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        found[tensor.device].append(tensor)
-    return found
 
 
 class _Wait(torch.autograd.Function):

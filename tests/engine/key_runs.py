@@ -60,7 +60,7 @@ RECORDED = (
     "engine.loop.start_logging",
     "engine.peft_io.read_adapter",
     "engine.profiling.schedule",
-    "engine.step.clip_gradients",
+    "engine.step.clip_factor",
     "engine.step.measure",
     "gc.collect",
     "parallelisms.activation_checkpoint.checkpoint",

@@ -20,7 +20,7 @@ from engine.health import (
     SignalWatcher,
     nonfinite_gradients,
 )
-from parallelisms.collectives import clip_gradients
+from tests.engine.training_cases import clip_gradients
 
 
 def alone(text: str) -> list[str]:

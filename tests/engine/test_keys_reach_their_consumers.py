@@ -169,7 +169,7 @@ ARRIVALS: dict[str, Callable[[Seen], object]] = {
     "training.seq_len": lambda s: s.each("measure", "batch")[0].tokens_BT.shape[1],
     "training.local_batch_size": lambda s: s.each("measure", "batch")[0].tokens_BT.shape[0],
     "training.global_batch_size": lambda s: 2 * len(s.each("measure", "batch")) // 6,
-    "training.max_norm": lambda s: s.last("clip_gradients")["max_norm"],
+    "training.max_norm": lambda s: s.last("clip_factor")["max_norm"],
     "training.dtype": lambda s: name_of(next(s.run.trainer.model.parameters()).dtype),
     "training.mixed_precision_param": lambda s: mixed(s, "param_dtype"),
     "training.mixed_precision_reduce": lambda s: mixed(s, "reduce_dtype"),

@@ -177,10 +177,16 @@ def update_on_mixed_meshes(rank: int, world_size: int, implementation: str) -> d
         if implementation == "fused":  # one is refused before each, the very first included
             for parameter in parameters.values():
                 parameter.grad = torch.full_like(parameter, torch.nan)
-            update_where(optimizer, torch.tensor(False))
+            update_where(optimizer, torch.tensor(False), torch.tensor(1.0))
         for name, parameter in parameters.items():
             parameter.grad = distribute_tensor(gradient(parameter, step), *layouts[name])
-        optimizer.step()
+        if implementation == "fused" and step == 2:  # a factor of one step alone
+            for parameter in parameters.values():
+                assert parameter.grad is not None
+                parameter.grad *= 4.0
+            update_where(optimizer, torch.tensor(True), torch.tensor(0.25))
+        else:
+            optimizer.step()
     gathered: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         assert isinstance(parameter, DTensor)

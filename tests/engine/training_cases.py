@@ -1,10 +1,10 @@
 """A tiny run on any number of ranks: the real model, rows, objective and step, without a folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.data.batch import IGNORED_LABEL, PADDING_DOCUMENT, Batch, Row
 from engine.data.loader import DataloaderConfig, Dealing, train_batches, validation_batches
@@ -17,6 +17,7 @@ from engine.optim import OptimizerConfig, build_optimizer
 from engine.step import Trainer
 from engine.verify.parity import parallel_config
 from parallelisms import ParallelDims
+from parallelisms.gradients import clip_factor, gradient_norm, scale_gradients
 from tests.parity.cases import NOISE_ALPHA, Case, build_case, model_config
 
 ROWS_PER_STEP = 8
@@ -134,6 +135,14 @@ def held_out(
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor."""
     return getattr(tensor, "to_local", lambda: tensor)()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their norm is at most `max_norm`; return what it was."""
+    parameters = list(parameters)
+    norm = gradient_norm(parameters)
+    scale_gradients(parameters, clip_factor(norm, max_norm))
+    return norm
 
 
 def whole_parameters(trainer: Trainer) -> dict[str, Tensor]:

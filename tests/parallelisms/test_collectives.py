@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from parallelisms import ParallelConfig, ParallelDims
-from parallelisms.collectives import clip_gradients, shard_range, sum_over
+from parallelisms.collectives import shard_range, sum_over
+from tests.engine.training_cases import clip_gradients
 from tests.parity.cases import LAYOUTS, Case, build_case, reference, reference_case, train
 from tests.ranks import RankPool
 

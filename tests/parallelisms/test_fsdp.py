@@ -15,9 +15,8 @@ from torch.distributed import _symmetric_memory
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from parallelisms.collectives import clip_gradients
 from parallelisms.fsdp import PrecisionConfig
-from tests.engine.training_cases import local_part
+from tests.engine.training_cases import clip_gradients, local_part
 from tests.parity.cases import Case, batch, build_case, compare, forward, train
 from tests.ranks import RankPool
 
