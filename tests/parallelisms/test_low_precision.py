@@ -27,6 +27,7 @@ from parallelisms.low_precision import (
     convert_linears,
     refuse_other_state,
     scaled_bits,
+    transposed,
     zeros_by_rows,
 )
 from parallelisms.mesh import ParallelConfig, ParallelDims
@@ -115,6 +116,42 @@ def bits_of_torchao(rank: int, world_size: int) -> None:
     # Scales that were computed before stand, and what they make too large saturates.
     (bits,), (kept,) = Weight(values, settings, dtype, scale * 4).fsdp_pre_all_gather(mesh)
     assert kept == scale * 4 and bits.float().abs().max() == torch.finfo(dtype).max
+
+
+@pytest.mark.parametrize("left_dim", [0, 1])
+@pytest.mark.parametrize("right_dim", [0, 1])
+def test_operands_come_out_as_gpus_multiply_them(left_dim: int, right_dim: int):
+    from torchao.float8 import float8_ops
+    from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole
+
+    convert(TENSORWISE)  # which puts the layout in place, once
+    convert(TENSORWISE)
+
+    def operand(shape: tuple[int, int], along: int, role: GemmInputRole) -> Any:
+        bits = torch.randn(shape).to(torch.float8_e4m3fn)
+        bits = bits if along == 1 else bits.t().contiguous().t()
+        return Float8TrainingTensor(bits, torch.tensor(2.0), torch.bfloat16, None, role)
+
+    left = operand((48, 32), left_dim, GemmInputRole.GRAD_OUTPUT)
+    right = operand((32, 64), right_dim, GemmInputRole.WEIGHT)
+    found = float8_ops.preprocess_addmm(left, right)
+    assert (found[0].stride(), found[2].stride()) == ((32, 1), (1, 32))
+    for bits, given in zip(found[::2], (left, right), strict=True):
+        assert torch.equal(bits.float(), given._data.float())
+    assert found[1] == found[3] == 2.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_transposes_bytes_of_any_shape_compiled_or_not():
+    for shape in ((1000, 333), (17, 5), (4096, 1024)):
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            matrix = torch.randn(shape, device="cuda").to(dtype)
+            expected = matrix.view(torch.uint8).t()
+            for function in (transposed, torch.compile(transposed, fullgraph=True)):
+                found = function(matrix)
+                assert found.is_contiguous()
+                assert torch.equal(found.view(torch.uint8), expected)
 
 
 def fp32_steps(rank: int, world_size: int, steps: int) -> list[float]:
