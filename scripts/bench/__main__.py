@@ -78,6 +78,7 @@ def floor(options: argparse.Namespace) -> int:
         name = torch.cuda.get_device_name(0)
         record["floors"].append(against_record(floor_of(row, device_name=name), measured))
         _keep(record, options.out, record["floors"][-1])
+        torch._dynamo.reset()
         torch.cuda.empty_cache()
     return 0
 

@@ -1,14 +1,18 @@
 """How fast a row could be: its matrix products and its attention alone, timed at their shapes.
 
 Every product of forward, input gradient and weight gradient, the head's included, and the
-attention kernel of one rank's microbatch run on random data, and their times are added up: no
-norm, no collective, no optimizer. Attention is causal over whole rows, also where a row holds
+attention kernel of one rank's microbatch run on random data: no norm, no collective, no optimizer.
+The floor is the time of all of them one after the other, over and over until the GPU's clock is
+what its power limit allows, as in training; the time of each alone, on a GPU that rests between,
+is told beside it. Attention is causal over whole rows, also where a row holds
 documents, whose cost is less. Under context parallelism it is that of whole rows with as many
 heads as come to a rank. What activation checkpointing computes again is left out.
 """
 
+import statistics
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +28,14 @@ from models.attention import AttentionCore, AttentionMasks
 from models.decoder_config import SLIDING, DecoderConfig
 from models.flops import train_flops_per_token
 from parallelisms.mesh import ParallelDims
+from scripts.bench.clocks import sampled
 from scripts.bench.kernels import milliseconds
 from scripts.bench.suites import BenchRow
 
-Timer = Callable[..., float]
-"""Returns the milliseconds of some work, after what its second argument prepares."""
+Timer = Callable[[Callable[[], object]], float]
+"""Returns the milliseconds of some work."""
+
+SECONDS_TO_WARM, SECONDS_TIMED = 3.0, 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,8 +158,8 @@ def _random(*shape: int, device: str) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
-def product_milliseconds(product: Product, device: str, timer: Timer) -> float:
-    """Return the time of forward, input gradient and weight gradient, of all `count`."""
+def product_works(product: Product, device: str) -> list[Callable[[], object]]:
+    """Return forward, input gradient and weight gradient of one of the layers."""
     shapes = (
         (product.tokens, product.inputs),
         (product.outputs, product.inputs),
@@ -160,8 +167,8 @@ def product_milliseconds(product: Product, device: str, timer: Timer) -> float:
     )
     x_TI, weight_OI, grad_TO = (_random(*shape, device=device) for shape in shapes)
     pairs = ((x_TI, weight_OI.t()), (grad_TO, weight_OI), (grad_TO.t(), x_TI))
-    works = _float8_product if product.is_float8 else _bfloat16_product
-    return product.count * sum(timer(works(left, right)) for left, right in pairs)
+    multiply = _float8_product if product.is_float8 else _bfloat16_product
+    return [multiply(left, right) for left, right in pairs]
 
 
 def _bfloat16_product(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
@@ -178,10 +185,10 @@ def _float8_product(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
     )
 
 
-def attention_milliseconds(
-    work: Work, attention: Attention, device: str, timer: Timer
-) -> tuple[float, float]:
-    """Return the times of forward and of backward, of all `count`."""
+def attention_works(
+    work: Work, attention: Attention, device: str
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return forward and backward of one block."""
     sizes = work.sizes
     positions_BT = torch.arange(attention.tokens, device=device).expand(attention.rows, -1)
     masks = AttentionMasks(
@@ -205,15 +212,32 @@ def attention_milliseconds(
     shape = (attention.rows, attention.tokens)
     heads = (attention.heads, attention.kv_heads, attention.kv_heads)
     leaves = [_random(*shape, h, sizes.head_dim, device=device).requires_grad_() for h in heads]
-    results = [attend(*leaves)]
-    grad = torch.randn_like(results[0])
-    forward = timer(lambda: attend(*leaves))
+    result = attend(*leaves)
+    grad = torch.randn_like(result)
+    return (
+        lambda: attend(*leaves),
+        lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True),
+    )
 
-    def prepare() -> None:
-        results[0] = attend(*leaves)
 
-    backward = timer(lambda: torch.autograd.grad(results[0], leaves, grad), prepare)
-    return attention.count * forward, attention.count * backward
+def sustained_milliseconds(works: Sequence[tuple[Callable[[], object], int]]) -> float:
+    """Return the time of all works, each as often as is said, when the GPU has warmed to them."""
+
+    def step() -> float:
+        started = time.perf_counter()
+        for work, count in works:
+            for _ in range(count):
+                work()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - started)
+
+    warm = time.perf_counter() + SECONDS_TO_WARM
+    while time.perf_counter() < warm:
+        step()
+    times = [step()]
+    while time.perf_counter() < warm + SECONDS_TIMED:
+        times.append(step())
+    return statistics.median(times)
 
 
 def floor_of(
@@ -222,36 +246,47 @@ def floor_of(
     device: str = "cuda",
     device_name: str = "",
     timer: Timer = milliseconds,
+    sustain: Callable[[Sequence[tuple[Callable[[], object], int]]], float] = sustained_milliseconds,
 ) -> dict[str, Any]:
     """Return the floor of a row: its parts in milliseconds, tokens/s/GPU and MFU."""
     work = work_of(row)
-    parts = {p.name: product_milliseconds(p, device, timer) for p in work.products}
-    forward = backward = 0.0
-    for attention in work.attentions:
-        times = attention_milliseconds(work, attention, device, timer)
-        forward, backward = forward + times[0], backward + times[1]
-        torch._dynamo.reset()
-    total = sum(parts.values()) + forward + backward
-    speed = work.tokens_per_gpu / total * 1e3
+    parts: dict[str, float] = {}
+    works: list[tuple[Callable[[], object], int]] = []
+    for name, some, count in _all_works(work, device):
+        parts[name] = parts.get(name, 0.0) + count * sum(timer(one) for one in some)
+        works += [(one, count) for one in some]
+    with sampled() as clocks:
+        together = sustain(works)
+    speed = work.tokens_per_gpu / together * 1e3
     linear = sum(product.flops for product in work.products)
-    training = work.config.training
+    attention = parts["attention forward"] + parts["attention backward"]
+    all_alone = sum(parts.values())
     peak = peak_flops(device_name)
-    flops = train_flops_per_token(work.sizes, training.seq_len)
+    flops = train_flops_per_token(work.sizes, work.config.training.seq_len)
     return {
         "row": row.name,
         "gpus": row.gpus,
         "arithmetic": "float8 layers" if work.products[0].is_float8 else "bfloat16",
-        "attention": f"{work.backend}, causal over rows of {training.seq_len} tokens",
-        "ms": {
-            **{name: round(ms, 3) for name, ms in parts.items()},
-            "attention forward": round(forward, 3),
-            "attention backward": round(backward, 3),
-            "all": round(total, 3),
-        },
-        "products_tflops": round(linear / sum(parts.values()) / 1e9, 1),
+        "attention": f"{work.backend}, causal over rows of {work.config.training.seq_len} tokens",
+        "ms_alone": {name: round(ms, 3) for name, ms in (*parts.items(), ("all", all_alone))},
+        "products_tflops_alone": round(linear / (all_alone - attention) / 1e9, 1),
+        "ms_together": round(together, 3),
+        "clocks": clocks,
         "floor_tokens_per_second_per_gpu": round(speed, 1),
         "floor_mfu": None if peak is None else flops * speed / peak,
     }
+
+
+def _all_works(
+    work: Work, device: str
+) -> Iterator[tuple[str, Sequence[Callable[[], object]], int]]:
+    """Yield the parts of a step with what each runs, and how often."""
+    for product in work.products:
+        yield product.name, product_works(product, device), product.count
+    for attention in work.attentions:
+        forward, backward = attention_works(work, attention, device)
+        yield "attention forward", (forward,), attention.count
+        yield "attention backward", (backward,), attention.count
 
 
 def against_record(floor: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

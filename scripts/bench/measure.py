@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from scripts.bench.clocks import sampled
 from scripts.bench.suites import BenchRow
 from scripts.bench.trace import read_trace, summarise_trace
 
@@ -213,7 +214,8 @@ def run_row(row: BenchRow, log_folder: Path, timeout_seconds: float) -> dict[str
         arguments = command(row, Path(folder) / "run")
         log = log_file(log_folder, row.name)
         started = time.perf_counter()
-        code = run_logged(arguments, log, timeout_seconds)
+        with sampled() as clocks:
+            code = run_logged(arguments, log, timeout_seconds)
         record: dict[str, Any] = {
             "row": row.name,
             "gpus": row.gpus,
@@ -226,6 +228,8 @@ def run_row(row: BenchRow, log_folder: Path, timeout_seconds: float) -> dict[str
         if lines := measured_lines(row, Path(folder) / "run" / "metrics.jsonl"):
             record |= summarise(row, lines)
             record["passed"] = record["passed"] and code == 0
+        if clocks:
+            record["clocks"] = clocks
         if code == 0:
             for path in (Path(folder) / "run" / "profile").rglob("rank-0.json"):
                 record["traced_step"] = summarise_trace(read_trace(path))

@@ -53,19 +53,22 @@ def test_each_part_is_run_and_the_parts_add_up() -> None:
     )
     ran: list[tuple[int, ...]] = []
 
-    def timer(work, prepare=None) -> float:
-        if prepare is not None:
-            prepare()
+    def timer(work) -> float:
         result = work()
         ran.append(tuple((result[0] if isinstance(result, tuple) else result).shape))
         return 1.0
 
-    found = floor_of(row, device="cpu", device_name="NVIDIA H200", timer=timer)
+    def sustain(works) -> float:
+        return 2.0 * sum(timer(work) * count for work, count in works)
+
+    found = floor_of(row, device="cpu", device_name="NVIDIA H200", timer=timer, sustain=sustain)
     layers = work_of(row).sizes.num_layers
-    assert found["ms"]["q"] == found["ms"]["attention forward"] * 3 == 3.0 * layers
-    assert found["ms"]["all"] == 3 * (7 * layers + 1) + 2 * layers
-    assert len(ran) == 3 * 6 + 2
-    speed = 32 / found["ms"]["all"] * 1e3
+    alone = found["ms_alone"]
+    assert alone["q"] == alone["attention forward"] * 3 == 3.0 * layers
+    assert alone["all"] == 3 * (7 * layers + 1) + 2 * layers
+    assert found["ms_together"] == 2 * alone["all"]
+    assert len(ran) == 2 * (3 * 6 + 2)
+    speed = 32 / found["ms_together"] * 1e3
     assert found["floor_tokens_per_second_per_gpu"] == pytest.approx(speed, rel=1e-3)
     assert 0 < found["floor_mfu"] < 1
     traced = {"ms_by_kind": {"attention": 2.0}}

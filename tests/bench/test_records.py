@@ -175,7 +175,8 @@ def test_idle_time_is_what_no_kernel_covers_and_collectives_hide_nothing() -> No
             event("nvjet_tst_128x256", 2000.0, 3000.0),
             event("ncclDevKernel_AllGather", 4000.0, 3000.0),
             event("cudnn_sdpa_sm90_flash_fprop", 8000.0, 1000.0),
-            event("triton_poi_fused", 9000.0, 5000.0),  # ends behind the step
+            event("triton_poi_fused" + "_x" * 99, 9000.0, 600.0),
+            event("triton_poi_fused" + "_x" * 98, 9600.0, 5000.0),  # ends behind the step
             event("aten::mm", 1000.0, 9000.0, "cpu_op"),
             {"name": "nothing", "ph": "M"},
         ]
@@ -185,7 +186,8 @@ def test_idle_time_is_what_no_kernel_covers_and_collectives_hide_nothing() -> No
         **{"matrix products": 3.0, "collectives": 3.0, "other": 2.0, "optimizer": 1.0},
         "attention": 1.0,
     }
-    assert found["kernels"] == 5
+    assert found["kernels"] == 6
+    assert found["longest_kernels_ms"][("triton_poi_fused" + "_x" * 99)[:120]] == 2.0
     assert summarise_trace([]) == {}
 
 
@@ -201,6 +203,9 @@ def test_idle_time_is_what_no_kernel_covers_and_collectives_hide_nothing() -> No
         ("multi_tensor_apply_kernel<TensorListMetadata<1>, LpNormFunctor<f", "gradient norm"),
         ("multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>, Fu", "optimizer"),
         ("triton_poi_fused_mul_silu_4", "other"),
+        ("triton_red_fused__fused_rms_norm__scaled_mm__to_copy_abs_t", "other"),
+        ("triton_tem_fused_mm_3", "matrix products"),
+        ("triton_tem_fused_flex_attention_0", "attention"),
     ],
 )
 def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str) -> None:
