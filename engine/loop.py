@@ -1,6 +1,7 @@
 """The life of a run: steps, and when to log, validate, save and stop."""
 
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -149,8 +150,7 @@ def _train(run: Run, trackers: Trackers, signals: SignalWatcher) -> None:
             garbage.after_step(step)
             stopping = signals.should_stop(run.world.any_rank)
             if stopping or run.checkpointer.should_save(step, last=step == steps):
-                with meter.apart("saving"):
-                    run.checkpointer.save(step, run.state, last=step == steps)
+                _save(run, step, last=step == steps)
             if stopping:
                 if not config.checkpoint.enable:
                     log.warning("checkpoint.enable = false: nothing of this run was saved")
@@ -158,6 +158,16 @@ def _train(run: Run, trackers: Trackers, signals: SignalWatcher) -> None:
     with meter.apart("saving"):
         run.checkpointer.wait()
     log.info("%s", meter.wall.describe())
+
+
+def _save(run: Run, step: int, *, last: bool) -> None:
+    """Save, and say how long training stood still for it; nothing where saving is off."""
+    started = time.perf_counter()
+    with run.meter.apart("saving"):
+        run.checkpointer.save(step, run.state, last=last)
+    config = run.config.checkpoint
+    if config.enable and not config.load_only:
+        log.info("step %d: saving held training up for %.2f s", step, time.perf_counter() - started)
 
 
 def _take_step(run: Run, step: int, memory: MemoryWatch) -> dict[str, float | None] | None:

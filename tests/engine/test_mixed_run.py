@@ -1,6 +1,7 @@
 """A run on mixed sources, from TOML to metrics: exact after a resume, and refused by name."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -96,6 +97,13 @@ def test_tokens_and_losses_of_each_source_are_written_and_exact_after_a_resume(f
     }
     fit(config_of(folder, f"--checkpoint.load_step={SAVED}"))
     assert told(folder) == rows
+
+
+def test_the_log_says_how_long_each_save_held_training_up(folder: Path):
+    fit(config_of(folder))
+    (log,) = (folder / "run" / "logs").glob("*")
+    found = re.findall(r"step (\d+): saving held training up for \d+\.\d\d s", log.read_text())
+    assert found == [str(SAVED), str(STEPS)]
 
 
 def test_a_resume_with_another_mixture_is_refused_with_what_changed(folder: Path):

@@ -144,11 +144,14 @@ def test_operands_come_out_as_gpus_multiply_them(left_dim: int, right_dim: int):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_transposes_bytes_of_any_shape_compiled_or_not():
+    from parallelisms.transpose import transposed as on_gpu
+
+    compiled = torch.compile(lambda matrix: on_gpu(matrix), fullgraph=True)
     for shape in ((1000, 333), (17, 5), (4096, 1024)):
         for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             matrix = torch.randn(shape, device="cuda").to(dtype)
             expected = matrix.view(torch.uint8).t()
-            for function in (transposed, torch.compile(transposed, fullgraph=True)):
+            for function in (transposed, compiled):
                 found = function(matrix)
                 assert found.is_contiguous()
                 assert torch.equal(found.view(torch.uint8), expected)
