@@ -153,14 +153,16 @@ def _cast(device_type: str) -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
 
 
 def _lay_out_by_transposing() -> None:
-    """Let operands that lie the wrong way for a product be transposed by a kernel of its own.
+    """Let a kernel of its own transpose the operands of products that are gradients of weights.
 
-    GPUs multiply float8 along the rows of both operands alone, so the gradients of a layer need
-    three of them transposed. The compiler would make that a part of the kernels which cast them,
-    and of those that go along rows, as the norms' do, it makes ones that write single bytes, each
-    far from the next: 15 of 220 ms in a step of 8 blocks of Llama 8B.
+    GPUs multiply float8 along the rows of both operands alone. The compiler would make the
+    transposing a part of the kernels which cast, and of those that go along rows, as the norms' do,
+    it makes ones that write single bytes, each far from the next: 15 of 220 ms in a step of 8
+    blocks of Llama 8B. A weight, which no such kernel casts, stays with the compiler: transposed
+    apart it would be kept from the forward pass on, a byte for each of its numbers.
     """
     from torchao.float8 import float8_ops
+    from torchao.float8.float8_training_tensor import GemmInputRole
     from torchao.float8.float8_utils import is_row_major
 
     if float8_ops.preprocess_addmm.__module__ == __name__:
@@ -170,7 +172,8 @@ def _lay_out_by_transposing() -> None:
     def preprocess_addmm(left: Any, right: Any) -> Any:
         if not is_row_major(left._data.stride()):
             left = _with_bits(left, transposed(left._data.t()))
-        if is_row_major(right._data.stride()):
+        is_weight = right._gemm_input_role is GemmInputRole.WEIGHT
+        if is_row_major(right._data.stride()) and not is_weight:
             right = _with_bits(right, transposed(right._data).t())
         return checked_and_laid_out(left, right)
 
@@ -186,7 +189,8 @@ def _with_bits(operand: Any, bits: Tensor) -> Any:
 
 def transposed(matrix: Tensor) -> Tensor:
     """Return a matrix (M, N) of float8 as (N, M) in memory of its own."""
-    if not (matrix.is_cuda and is_fusible()):
+    is_known = all(isinstance(size, int) for size in matrix.shape)  # not one of dynamic shapes
+    if not (matrix.is_cuda and is_fusible() and is_known):
         return matrix.t().contiguous()
     from parallelisms.transpose import transposed as transposed_on_gpu
 

@@ -120,7 +120,10 @@ def bits_of_torchao(rank: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("left_dim", [0, 1])
 @pytest.mark.parametrize("right_dim", [0, 1])
-def test_operands_come_out_as_gpus_multiply_them(left_dim: int, right_dim: int):
+@pytest.mark.parametrize("role", ["INPUT", "WEIGHT"])
+def test_operands_come_out_as_gpus_multiply_them(
+    left_dim: int, right_dim: int, role: str, monkeypatch: pytest.MonkeyPatch
+):
     from torchao.float8 import float8_ops
     from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole
 
@@ -133,12 +136,17 @@ def test_operands_come_out_as_gpus_multiply_them(left_dim: int, right_dim: int):
         return Float8TrainingTensor(bits, torch.tensor(2.0), torch.bfloat16, None, role)
 
     left = operand((48, 32), left_dim, GemmInputRole.GRAD_OUTPUT)
-    right = operand((32, 64), right_dim, GemmInputRole.WEIGHT)
+    right = operand((32, 64), right_dim, GemmInputRole[role])
+    apart: list[torch.Size] = []
+    monkeypatch.setattr(
+        low_precision, "transposed", lambda m: (apart.append(m.shape), m.t().contiguous())[1]
+    )
     found = float8_ops.preprocess_addmm(left, right)
     assert (found[0].stride(), found[2].stride()) == ((32, 1), (1, 32))
     for bits, given in zip(found[::2], (left, right), strict=True):
         assert torch.equal(bits.float(), given._data.float())
     assert found[1] == found[3] == 2.0
+    assert len(apart) == (left_dim == 0) + (right_dim == 1 and role == "INPUT")
 
 
 @pytest.mark.gpu
@@ -146,7 +154,7 @@ def test_operands_come_out_as_gpus_multiply_them(left_dim: int, right_dim: int):
 def test_a_gpu_transposes_bytes_of_any_shape_compiled_or_not():
     from parallelisms.transpose import transposed as on_gpu
 
-    compiled = torch.compile(lambda matrix: on_gpu(matrix), fullgraph=True)
+    compiled = torch.compile(lambda matrix: on_gpu(matrix), fullgraph=True, dynamic=False)
     for shape in ((1000, 333), (17, 5), (4096, 1024)):
         for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             matrix = torch.randn(shape, device="cuda").to(dtype)
