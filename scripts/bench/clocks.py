@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-EVERY_MILLISECONDS = 200
+EVERY_MILLISECONDS = 500
 FIELDS = ("utilization.gpu", "clocks.sm", "power.draw", "clocks_event_reasons.sw_power_cap")
 BUSY_PERCENT = 95.0
 SECONDS_TO_END = 10.0
