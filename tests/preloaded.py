@@ -14,5 +14,6 @@ import torch.testing._internal.distributed.fake_pg
 import tests.parity.cases  # noqa: F401  the functions that most tests call are there
 
 torch.set_num_threads(1)  # a forked process would hang at its first matrix product
-torch.compile(torch.nn.Linear(2, 2), backend="aot_eager", fullgraph=True)(torch.ones(1, 2))
+with torch.no_grad():  # where there are GPUs, autograd starts threads, and no fork may have them
+    torch.compile(torch.nn.Linear(2, 2), backend="aot_eager", fullgraph=True)(torch.ones(1, 2))
 torch._dynamo.reset()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.launch import SHORT, Launch, data_cache, torchrun
+from tests.end_to_end.launch import SHORT, Launch, data_cache, free_port, torchrun
 
 Launcher = Callable[..., Launch]
 
@@ -23,7 +23,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     started: list[Launch] = []
 
     def start(command: list[str]) -> Launch:
-        started.append(Launch(command, home / f"launch-{len(started)}.log", environment))
+        # Tests run in pairs, and torchrun of torch 2.11 has the same port for all it starts.
+        own = {**environment, "PET_MASTER_PORT": str(free_port())}
+        started.append(Launch(command, home / f"launch-{len(started)}.log", own))
         return started[-1]
 
     yield start

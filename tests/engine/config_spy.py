@@ -137,6 +137,9 @@ def _reader(section: object) -> str | None:
 def _is_own_method(frame: FrameType, section: object) -> bool:
     if frame.f_code.co_filename == __file__:  # a property is called by the spy's own read
         return True
+    # A comprehension has a frame of its own before Python 3.12.
+    if frame.f_code.co_name.startswith("<") and frame.f_back is not None:
+        return _is_own_method(frame.f_back, section)
     is_check = frame.f_code.co_name == "__post_init__"
     return not is_check and frame.f_locals.get("self") is section
 

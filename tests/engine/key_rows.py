@@ -262,7 +262,7 @@ COMPILED = {
     ),
     **rows(OPEN_ROWS, data__dummy_tokens=4096),
     **rows(
-        "engine/adapters.py:AdapterConfig.specs",
+        "engine/adapters.py:build_adapted",
         adapter__kind="dora",
         adapter__name="own",
         adapter__rank=3,
@@ -270,9 +270,6 @@ COMPILED = {
         adapter__use_rslora=True,
         adapter__dropout=0.5,
         adapter__targets=["k_proj"],
-    ),
-    **rows(
-        "engine/adapters.py:build_adapted",
         adapter__more=[OneAdapterConfig(name="other", rank=5, targets=["v_proj"])],
     ),
     **rows("engine/peft_io.py:read_adapters", adapter__path="{folder}/peft"),

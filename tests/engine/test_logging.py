@@ -3,10 +3,10 @@ import logging
 import os
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine import logging as engine_logging
 from engine.logging import ERASE_LINE, environment_report, source_commit, start_logging
@@ -171,7 +171,7 @@ def test_a_forked_worker_can_print_although_another_thread_was_printing(monkeypa
 
 def test_the_environment_report_names_versions_devices_and_commit():
     report = environment_report()
-    assert report["torch"] == torch.__version__
+    assert report["torch"] == version("torch")
     assert report["python"] == sys.version.split()[0]
     assert report["commit"] == source_commit()
     assert report.keys() >= {"tessera", "transformers", "cuda", "gpus", "platform"}

@@ -22,6 +22,7 @@ def without_the_wait(rank: int, world_size: int, case: Case) -> None:
         run_case(rank, world_size, case)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="found in torch 2.13, not in 2.11")
 def test_without_the_wait_the_embedding_gradient_is_lost(ranks: RankPool) -> None:
     with pytest.raises(RankFailure, match=r"embed_tokens\.weight is zero|_local_tensor"):
         ranks(4, without_the_wait, COMPILED)
