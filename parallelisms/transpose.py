@@ -1,6 +1,6 @@
 """A matrix of single bytes transposed by a Triton kernel, which compiled graphs call directly.
 
-Imported where there is a GPU and Triton alone.
+To be imported only where there are a GPU and Triton.
 """
 
 import torch

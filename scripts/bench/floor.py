@@ -4,9 +4,9 @@ Every product of forward, input gradient and weight gradient, the head's include
 attention kernel of one rank's microbatch run on random data: no norm, no collective, no optimizer.
 The floor is the time of all of them one after the other, over and over until the GPU's clock is
 what its power limit allows, as in training; the time of each alone, on a GPU that rests between,
-is told beside it. Attention is causal over whole rows, also where a row holds
-documents, whose cost is less. Under context parallelism it is that of whole rows with as many
-heads as come to a rank. What activation checkpointing computes again is left out.
+is told beside it. Attention is causal over whole rows, also where a row holds documents, whose
+cost is less. Under context parallelism it is that of whole rows with as many heads as come to a
+rank. What activation checkpointing computes again is left out.
 """
 
 import statistics
@@ -32,8 +32,14 @@ from scripts.bench.clocks import sampled
 from scripts.bench.kernels import milliseconds
 from scripts.bench.suites import BenchRow
 
-Timer = Callable[[Callable[[], object]], float]
-"""Returns the milliseconds of some work."""
+Kernels = Callable[[], object]
+"""Runs one part of a step, such as a product."""
+
+Timer = Callable[[Kernels], float]
+"""Returns the milliseconds of a part alone."""
+
+StepTimer = Callable[[Sequence[tuple[Kernels, int]]], float]
+"""Returns the milliseconds of parts one after the other, each as often as is said."""
 
 SECONDS_TO_WARM, SECONDS_TIMED = 3.0, 3.0
 
@@ -158,7 +164,7 @@ def _random(*shape: int, device: str) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
-def product_works(product: Product, device: str) -> list[Callable[[], object]]:
+def product_works(product: Product, device: str) -> list[Kernels]:
     """Return forward, input gradient and weight gradient of one of the layers."""
     shapes = (
         (product.tokens, product.inputs),
@@ -185,9 +191,7 @@ def _float8_product(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
     )
 
 
-def attention_works(
-    work: Work, attention: Attention, device: str
-) -> tuple[Callable[[], object], Callable[[], object]]:
+def attention_works(work: Work, attention: Attention, device: str) -> tuple[Kernels, Kernels]:
     """Return forward and backward of one block."""
     sizes = work.sizes
     positions_BT = torch.arange(attention.tokens, device=device).expand(attention.rows, -1)
@@ -220,8 +224,8 @@ def attention_works(
     )
 
 
-def sustained_milliseconds(works: Sequence[tuple[Callable[[], object], int]]) -> float:
-    """Return the time of all works, each as often as is said, when the GPU has warmed to them."""
+def sustained_milliseconds(works: Sequence[tuple[Kernels, int]]) -> float:
+    """Be a `StepTimer` that waits until the GPU has warmed to the parts."""
 
     def step() -> float:
         started = time.perf_counter()
@@ -246,12 +250,12 @@ def floor_of(
     device: str = "cuda",
     device_name: str = "",
     timer: Timer = milliseconds,
-    sustain: Callable[[Sequence[tuple[Callable[[], object], int]]], float] = sustained_milliseconds,
+    sustain: StepTimer = sustained_milliseconds,
 ) -> dict[str, Any]:
     """Return the floor of a row: its parts in milliseconds, tokens/s/GPU and MFU."""
     work = work_of(row)
     parts: dict[str, float] = {}
-    works: list[tuple[Callable[[], object], int]] = []
+    works: list[tuple[Kernels, int]] = []
     for name, some, count in _all_works(work, device):
         parts[name] = parts.get(name, 0.0) + count * sum(timer(one) for one in some)
         works += [(one, count) for one in some]
@@ -277,9 +281,7 @@ def floor_of(
     }
 
 
-def _all_works(
-    work: Work, device: str
-) -> Iterator[tuple[str, Sequence[Callable[[], object]], int]]:
+def _all_works(work: Work, device: str) -> Iterator[tuple[str, Sequence[Kernels], int]]:
     """Yield the parts of a step with what each runs, and how often."""
     for product in work.products:
         yield product.name, product_works(product, device), product.count

@@ -1,7 +1,9 @@
 """What a GPU was clocked at is told of the time at full load alone, or not at all."""
 
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from scripts.bench.clocks import sampled, summarise
@@ -28,11 +30,14 @@ def test_the_program_is_asked_and_ended(tmp_path: Path, monkeypatch: pytest.Monk
     program.write_text(f"#!/bin/sh\n{told}")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    pid, deadline = tmp_path / "pid", time.monotonic() + 30.0
     with sampled() as found:
-        while not (tmp_path / "pid").is_file():
-            pass
+        while not (pid.is_file() and pid.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         assert found == {}
     assert found["samples"] == 4
+    assert not psutil.pid_exists(int(pid.read_text()))
 
 
 def test_nothing_is_told_without_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
