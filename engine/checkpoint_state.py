@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 from engine.checkpoint_storage import RankGroup, read_metadata, read_tensors
 from models.layers.lora import adapter_of
-from parallelisms.low_precision import full_precision, refuse_other_state, stored, zeros_by_rows
+from parallelisms.low_precision import refuse_other_state
+from parallelisms.stored import full_precision, stored, zeros_by_rows
 
 COUNTERS_NAME = "counters.json"
 Part = Literal["model", "optimizer", "dataloader", "train_state", "rng"]

@@ -27,7 +27,7 @@ from engine.manifest import refuse_small_disk, set_aside, sync_folder, write_syn
 from models.adapters import AdapterSpec
 from models.layers.lora import PARTS, LoRALinear, LowRank, adapted_linears, merged_weight
 from models.weights import KeyMap
-from parallelisms.low_precision import full_precision
+from parallelisms.stored import full_precision
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"

@@ -31,7 +31,7 @@ STANDARD_LIBRARY_ONLY = ("models.plan", "models.registry")
 OPTIONAL_PACKAGES = (
     *("flash_attn", "liger_kernel", "torchao", "peft", "wandb", "lm_eval", "vllm", "triton"),
 )
-OF_TRITON = {"parallelisms.transpose"}  # Triton's decorators work on functions of a module
+OF_TRITON = {"parallelisms.triton_kernels"}  # Triton's decorators work on functions of a module
 ROOT_ENTRIES = {
     *("CHANGELOG.md", "LICENSE", "README.md", "constraints.txt", "constraints-gpu.txt"),
     *("pyproject.toml", "train.py", "engine", "models", "parallelisms", "scripts", "tests"),

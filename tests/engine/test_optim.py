@@ -1,4 +1,5 @@
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from engine import optim
 from engine.optim import OptimizerConfig, build_optimizer, decides_on_device, update_where
+from tests.devices import DEVICES
 
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused")
 REORDERED_ARITHMETIC = 1e-6  # the implementations round in different orders, fp32
@@ -207,3 +210,74 @@ def test_parameters_on_several_meshes_get_the_single_process_update(ranks, imple
         for name, parameter in parameters.items():
             difference = (updated[name] - parameter.detach()).abs().max()
             assert difference < REORDERED_ARITHMETIC, name
+
+
+def update_step_by_step(
+    value: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    *,
+    num_steps: Tensor,
+    found_inf: Tensor,
+    grad_scale: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """What the kernel of `parallelisms/triton_kernels.py` does, on any device."""
+    if found_inf:
+        return
+    gradient = gradient / grad_scale
+    value.mul_(1 - lr * weight_decay)
+    mean.lerp_(gradient, 1 - betas[0])
+    square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    corrected = (square / (1 - betas[1] ** num_steps.double())).sqrt()
+    value.sub_(lr * mean / (1 - betas[0] ** num_steps.double()) / (corrected + eps))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+def test_a_kernel_of_our_own_does_what_torch_s_does(
+    device: str, beta1: float, monkeypatch: pytest.MonkeyPatch
+):
+    config = OptimizerConfig(lr=0.01, weight_decay=0.3, beta1=beta1, beta2=0.999)
+    shapes = {"w": (48, 33), "b": (33,), "one": (1,), "none": (0, 7), "frozen": (4, 4)}
+    start = {name: torch.randn(shape).to(device) for name, shape in shapes.items()}
+
+    def trained(kernel: bool) -> tuple[dict[str, nn.Parameter], dict[str, Any], type]:
+        with monkeypatch.context() as patch:
+            if device == "cpu":
+                patch.setattr(optim, "_kernel", lambda: update_step_by_step)
+            if device == "cpu" or not kernel:
+                patch.setattr(optim, "_fit_kernel", lambda parameters: kernel)
+            parameters = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+            optimizer = build_optimizer(parameters.items(), config)
+            plan = [(False, 1.0), (True, 1.0), (True, 0.25), (False, 1.0), None]
+            for step, decided in enumerate(plan):
+                for name, parameter in parameters.items():
+                    if name != "frozen":
+                        parameter.grad = gradient(parameter, step).to(device)
+                if kernel and step == 2:  # as tensor parallelism may lay one out
+                    parameters["w"].grad = parameters["w"].grad.t().contiguous().t()  # type: ignore[union-attr]
+                if decided is None:
+                    optimizer.param_groups[0]["lr"] = 0.5
+                    optimizer.step()
+                    continue
+                if not decided[0]:
+                    parameters["w"].grad = torch.full_like(parameters["w"], torch.nan)
+                flags = (torch.tensor(flag, device=device) for flag in decided)
+                update_where(optimizer, *flags)
+            return parameters, optimizer.state_dict(), type(optimizer)
+
+    ours, our_state, our_kind = trained(kernel=True)
+    theirs, their_state, their_kind = trained(kernel=False)
+    assert (our_kind, their_kind) == (optim.TritonAdamW, torch.optim.AdamW)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, theirs[name])
+    assert our_state["param_groups"] == their_state["param_groups"]
+    assert our_state["state"].keys() == their_state["state"].keys()
+    for number, slots in our_state["state"].items():
+        torch.testing.assert_close(slots, their_state["state"][number])
+    assert torch.equal(ours["frozen"], start["frozen"])

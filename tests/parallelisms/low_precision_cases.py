@@ -14,9 +14,10 @@ from engine.optim import OptimizerConfig, build_optimizer
 from engine.verify.case import parse
 from engine.verify.parity import Comparison, batch, build_case, compare_with, local_rows, train
 from engine.verify.subject import TINY
-from parallelisms.low_precision import Float8, follow_weights, full_precision
+from parallelisms.low_precision import Float8, follow_weights
 from parallelisms.mesh import ParallelDims
 from parallelisms.nf4 import NF4Weight, local_part, num_bytes
+from parallelisms.stored import full_precision
 
 WIDE = replace(
     TINY,

@@ -33,6 +33,7 @@ from parallelisms.low_precision import (
 from parallelisms.mesh import ParallelConfig, ParallelDims
 from parallelisms.resolve import resolve
 from scripts.check_config import fake_process_group
+from tests.devices import DEVICES
 from tests.models.tiny import worst_error
 from tests.parallelisms import low_precision_cases as cases
 from tests.ranks import RankPool
@@ -149,10 +150,40 @@ def test_operands_come_out_as_gpus_multiply_them(
     assert len(apart) == (left_dim == 0) + (right_dim == 1 and role == "INPUT")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_casts_have_the_bits_of_scales_in_double_precision_cut_to_the_largest_number(
+    dtype: torch.dtype, device: str, compiles: bool
+):
+    from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
+    from torchao.float8.float8_training_tensor import LinearMMConfig
+
+    convert(TENSORWISE)  # which puts the casts in place
+
+    def cast(values: Tensor) -> tuple[Tensor, Tensor]:
+        found = hp_tensor_to_float8_dynamic(values, dtype, LinearMMConfig())
+        return found._data, found._scale
+
+    if compiles:
+        backend = "inductor" if device == "cuda" else "aot_eager"
+        cast = torch.compile(cast, fullgraph=True, backend=backend)
+    largest = torch.finfo(dtype).max
+    for size in (1e-20, 1e-6, 1.0, 3.0, 1e20):
+        values = (torch.randn(64, 512, device=device) * size).bfloat16()
+        scale = (largest / values.abs().max().double().clamp(min=1e-12)).float()
+        bits, found_scale = cast(values)
+        torch.testing.assert_close(found_scale, scale, rtol=3e-7, atol=0)
+        expected = (values.float() * found_scale).clamp(-largest, largest).to(dtype)
+        assert torch.equal(bits.view(torch.uint8), expected.view(torch.uint8))
+        if size > 1e-12:
+            assert bits.float().abs().max() == largest
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_transposes_bytes_of_any_shape_compiled_or_not():
-    from parallelisms.transpose import transposed as on_gpu
+    from parallelisms.triton_kernels import transposed as on_gpu
 
     compiled = torch.compile(lambda matrix: on_gpu(matrix), fullgraph=True, dynamic=False)
     for shape in ((1000, 333), (17, 5), (4096, 1024)):
