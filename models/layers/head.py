@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from models.layers import liger
 
 IGNORED_LABEL = -100
+PIECES = (1024, 512, 256, 128, 64, 32)
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
@@ -23,6 +24,19 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x.float() if cap is None else (x.float() / cap).tanh() * cap
 
 
+def log_sum_exp(logits_NV: Tensor) -> Tensor:
+    """Return the log of the sum of the exponentials of logits (N, V) over V, (N,).
+
+    A compiled kernel reads a row twice, for its maximum and for the sum, unless the row is short
+    enough for registers: so pieces of it are summed up first, and then their results.
+    """
+    # A loop, since the compiler follows no gcd of a size that it does not know.
+    for piece in PIECES:
+        if logits_NV.shape[-1] % piece == 0:
+            return logits_NV.unflatten(-1, (-1, piece)).logsumexp(-1).logsumexp(-1)
+    return logits_NV.logsumexp(-1)
+
+
 class _LabelLogps(torch.autograd.Function):
     """Keeps the logits in their own dtype and one fp32 number per token for the backward."""
 
@@ -30,7 +44,7 @@ class _LabelLogps(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, softcap: float | None) -> Tensor:
         is_scored = labels_N != IGNORED_LABEL
         target_N = torch.where(is_scored, labels_N, 0)
-        normaliser_N = torch.logsumexp(soft_cap(logits_NV, softcap), dim=-1)
+        normaliser_N = log_sum_exp(soft_cap(logits_NV, softcap))
         label_logits_N = logits_NV.gather(-1, target_N[:, None]).squeeze(-1)
         label_logits_N = soft_cap(label_logits_N, softcap)
         ctx.save_for_backward(logits_NV, normaliser_N, labels_N)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from models.layers.head import LMHead, label_logps
+from models.layers.head import LMHead, label_logps, log_sum_exp
 from tests.models.tiny import gradients, random_tokens, tiny_model, worst_error
 
 FP32_REORDERED_SUM = 1e-5  # the gradient of the weight is added up chunk by chunk
@@ -53,6 +53,19 @@ def test_chunked_log_probabilities_equal_the_dense_ones_in_value_and_gradient(
     assert torch.allclose(logps, reference, atol=FP32_REORDERED_SUM)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() <= FP32_REORDERED_SUM * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sums_of_pieces_are_those_of_whole_rows_whatever_the_vocabulary(dynamic: bool):
+    torch.compiler.reset()
+    compiled = torch.compile(log_sum_exp, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in (1, 31, 101, 96, 1000, 1024, 3 * 1024):
+        logits = torch.randn(4, size) * 30
+        logits[1, : size // 2] = -torch.inf  # whole pieces of a vocabulary that is padded
+        logits[2] += 300.0  # whose exponentials are no numbers of fp32
+        expected = torch.logsumexp(logits.double(), -1).float()
+        for function in (log_sum_exp, compiled):
+            torch.testing.assert_close(function(logits), expected)
 
 
 def test_ignored_labels_score_zero_and_pass_no_gradient():
