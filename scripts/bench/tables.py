@@ -73,7 +73,8 @@ def compare(before: Record, after: Record) -> tuple[list[str], bool]:
 def table(records: Sequence[Record]) -> str:
     """Return a Markdown table of the rows of all records, and the machines they were taken on.
 
-    A row's fastest peer and its floor stand beside it, from whichever record has them.
+    Of rows of one name the last record's is taken. A row's fastest peer and its floor stand beside
+    it, from whichever record has them.
     """
     floors = {row["row"]: row for record in records for row in record.get("floors", [])}
     peers = [row for record in records for row in record.get("peers", [])]
@@ -81,16 +82,15 @@ def table(records: Sequence[Record]) -> str:
     titles = ["work", "GPUs", "rows x tokens", "tokens/s/GPU", "MFU", "peak reserved GiB", "taken"]
     titles += [*(["of the floor"] if floors else []), *kinds]
     lines = [titles, ["---"] * len(titles)]
-    for record in records:
-        for row in record.get("rows", []):
-            name = row["row"]
-            cells = [name, str(row["gpus"]), _batch(row), *_figures(row)]
-            cells.append(record["machine"]["date"])
-            if floors:
-                cells.append(_share_of_floor(row, floors.get(name)))
-            for kind in kinds:
-                cells.append(_peer_cell(p for p in peers if (p["row"], _engine(p)) == (name, kind)))
-            lines.append(cells)
+    rows = {row["row"]: (record, row) for record in records for row in record.get("rows", [])}
+    for name, (record, row) in rows.items():
+        cells = [name, str(row["gpus"]), _batch(row), *_figures(row)]
+        cells.append(record["machine"]["date"])
+        if floors:
+            cells.append(_share_of_floor(row, floors.get(name)))
+        for kind in kinds:
+            cells.append(_peer_cell(p for p in peers if (p["row"], _engine(p)) == (name, kind)))
+        lines.append(cells)
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{text}\n\n{_machines(records)}\n"
 
