@@ -128,7 +128,8 @@ def update_where(optimizer: Optimizer, allowed: Tensor, factor: Tensor) -> None:
 class TritonAdamW(AdamW):
     """AdamW with torch's state, whose fused kernel is that of `parallelisms/triton_kernels.py`.
 
-    It takes 10.5 ms for 1.5 billion parameters on an H200, where torch's takes 14.2.
+    It takes 10.5 ms for 1.5 billion parameters on an H200, where torch's takes 12.2, and 14.2 when
+    it scales gradients as well.
     """
 
     @torch.no_grad()
@@ -139,8 +140,9 @@ class TritonAdamW(AdamW):
             self._init_group(group, parameters, gradients, means, squares, [], steps)
             if not parameters:
                 continue
-            nothing = torch.zeros((), device=steps[0].device)
-            found_inf = getattr(self, "found_inf", nothing)
+            device = steps[0].device
+            found_inf = getattr(self, "found_inf", torch.zeros((), device=device))
+            grad_scale = getattr(self, "grad_scale", torch.ones((), device=device))
             torch._foreach_add_(steps, [1.0 - found_inf] * len(steps))
             for *tensors, num_steps in zip(
                 parameters, gradients, means, squares, steps, strict=True
@@ -151,7 +153,7 @@ class TritonAdamW(AdamW):
                         *held,
                         num_steps=num_steps,
                         found_inf=found_inf,
-                        grad_scale=getattr(self, "grad_scale", nothing + 1.0),
+                        grad_scale=grad_scale,
                         lr=float(group["lr"]),
                         betas=group["betas"],
                         eps=group["eps"],

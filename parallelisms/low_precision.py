@@ -193,6 +193,8 @@ def _lay_out_by_transposing() -> None:
     checked_and_laid_out = float8_ops.preprocess_addmm
 
     def preprocess_addmm(left: Any, right: Any) -> Any:
+        if left._linear_mm_config.output.emulate:  # its product takes operands as they are
+            return checked_and_laid_out(left, right)
         if not is_row_major(left._data.stride()):
             left = _with_bits(left, transposed(left._data.t()))
         is_weight = right._gemm_input_role is GemmInputRole.WEIGHT
@@ -314,8 +316,8 @@ def refuse_other_state(optimizer: Optimizer, names: Collection[str]) -> None:
     has_codes = any(name.endswith(CODES) for name in names)
     if has_codes and not isinstance(optimizer, AdamW8bit):
         raise ValueError(
-            "the checkpoint's optimizer state is that of optimizer.name = 'AdamW8bit', this run's "
-            f"is of {type(optimizer).__name__}; set optimizer.name = 'AdamW8bit', or leave it out "
+            "the checkpoint's optimizer state is that of optimizer.name = 'AdamW8bit', and this "
+            "run's optimizer is another; set optimizer.name = 'AdamW8bit', or leave the state out "
             "with checkpoint.exclude_from_loading = ['optimizer']"
         )
 

@@ -14,6 +14,8 @@ from models.layers import liger
 
 IGNORED_LABEL = -100
 PIECES = (1024, 512, 256, 128, 64, 32)
+"""Logits of a row that are summed up together, where they divide the vocabulary: few enough for
+registers, many enough that their sums are few."""
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
@@ -27,6 +29,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
 def log_sum_exp(logits_NV: Tensor) -> Tensor:
     """Return the log of the sum of the exponentials of logits (N, V) over V, (N,).
 
+    For values alone: its gradient is NaN where a whole piece is -inf.
     A compiled kernel reads a row twice, for its maximum and for the sum, unless the row is short
     enough for registers: so pieces of it are summed up first, and then their results.
     """

@@ -73,8 +73,8 @@ def compare(before: Record, after: Record) -> tuple[list[str], bool]:
 def table(records: Sequence[Record]) -> str:
     """Return a Markdown table of the rows of all records, and the machines they were taken on.
 
-    Of rows of one name the last record's is taken. A row's fastest peer and its floor stand beside
-    it, from whichever record has them.
+    Of rows of one name the last record's is taken. A row's floor and the fastest peer of a kind
+    stand beside it, the peer from the row's own record, else from whichever has one.
     """
     floors = {row["row"]: row for record in records for row in record.get("floors", [])}
     peers = [row for record in records for row in record.get("peers", [])]
@@ -89,7 +89,8 @@ def table(records: Sequence[Record]) -> str:
         if floors:
             cells.append(_share_of_floor(row, floors.get(name)))
         for kind in kinds:
-            cells.append(_peer_cell(p for p in peers if (p["row"], _engine(p)) == (name, kind)))
+            near = _peer_cell(record.get("peers", []), name, kind)
+            cells.append(near if near != "-" else _peer_cell(peers, name, kind))
         lines.append(cells)
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{text}\n\n{_machines(records)}\n"
@@ -126,8 +127,12 @@ def _share_of_floor(row: Record, floor: Record | None) -> str:
     return f"{share:.1%} of {floor['floor_tokens_per_second_per_gpu']:,.0f}"
 
 
-def _peer_cell(rows: Iterable[Record]) -> str:
-    found = [row for row in rows if "tokens_per_second_per_gpu" in row]
+def _peer_cell(peers: Iterable[Record], name: str, kind: str) -> str:
+    found = [
+        peer
+        for peer in peers
+        if (peer["row"], _engine(peer)) == (name, kind) and "tokens_per_second_per_gpu" in peer
+    ]
     if not found:
         return "-"
     best = max(found, key=lambda row: row["tokens_per_second_per_gpu"])

@@ -250,8 +250,10 @@ def test_a_table_has_the_best_of_each_peer_and_the_floor() -> None:
     )
     assert "| b | 1 | 4 x 8,192 | out of memory | - | - | 2026-01-01 | - | - |" in found
     assert found.endswith("\nGPU, torch 2.\n")
-    newer = table([record(a=100.0, b=90.0), record(a=110.0)])
+    older = {**record(a=100.0, b=90.0), "peers": peers}
+    newer = table([older, {**record(a=110.0), "peers": [peers[0]]}])
     assert [line.split(" | ")[3] for line in newer.splitlines()[2:4]] == ["110", "90"]
+    assert newer.splitlines()[2].endswith(" | 90 (12.0 GiB) |"), "of the row's own record"
 
 
 def test_a_suite_goes_on_after_a_row_that_fails_and_its_peers_stand_in_the_record(

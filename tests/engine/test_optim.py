@@ -4,14 +4,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.optim import Optimizer
 
 from engine import optim
 from engine.optim import OptimizerConfig, build_optimizer, decides_on_device, update_where
 from tests.devices import DEVICES
 
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused")
+OURS = "fused, by the kernel of our own"
 REORDERED_ARITHMETIC = 1e-6  # the implementations round in different orders, fp32
 
 
@@ -162,56 +164,6 @@ def test_a_setting_that_cannot_work_is_refused_by_name_and_value(key: str, value
         OptimizerConfig(**{key: value})  # type: ignore[arg-type]
 
 
-def update_on_mixed_meshes(rank: int, world_size: int, implementation: str) -> dict[str, Tensor]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    layouts = {
-        "embed.weight": (mesh, (Shard(0), Shard(1))),
-        "proj.weight": (mesh, (Shard(0), Replicate())),
-        "proj.bias": (mesh["dp"], (Shard(0),)),
-        "norm.weight": (mesh["tp"], (Replicate(),)),
-    }
-    parameters = {
-        name: nn.Parameter(distribute_tensor(p.detach(), *layouts[name]))
-        for name, p in small_parameters().items()
-    }
-    config = OptimizerConfig(lr=0.01, implementation=implementation)  # type: ignore[arg-type]
-    optimizer = build_optimizer(parameters.items(), config)
-    for step in range(1, 4):
-        if implementation == "fused":  # one is refused before each, the very first included
-            for parameter in parameters.values():
-                parameter.grad = torch.full_like(parameter, torch.nan)
-            update_where(optimizer, torch.tensor(False), torch.tensor(1.0))
-        for name, parameter in parameters.items():
-            parameter.grad = distribute_tensor(gradient(parameter, step), *layouts[name])
-        if implementation == "fused" and step == 2:  # a factor of one step alone
-            for parameter in parameters.values():
-                assert parameter.grad is not None
-                parameter.grad *= 4.0
-            update_where(optimizer, torch.tensor(True), torch.tensor(0.25))
-        else:
-            optimizer.step()
-    gathered: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        assert isinstance(parameter, DTensor)
-        gathered[name] = parameter.full_tensor().detach()
-    return gathered
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_parameters_on_several_meshes_get_the_single_process_update(ranks, implementation: str):
-    parameters = small_parameters()
-    config = OptimizerConfig(lr=0.01, implementation=implementation)  # type: ignore[arg-type]
-    optimizer = build_optimizer(parameters.items(), config)
-    for step in range(1, 4):
-        for parameter in parameters.values():
-            parameter.grad = gradient(parameter, step)
-        optimizer.step()
-    for updated in ranks(4, update_on_mixed_meshes, implementation):
-        for name, parameter in parameters.items():
-            difference = (updated[name] - parameter.detach()).abs().max()
-            assert difference < REORDERED_ARITHMETIC, name
-
-
 def update_step_by_step(
     value: Tensor,
     gradient: Tensor,
@@ -235,6 +187,72 @@ def update_step_by_step(
     square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     corrected = (square / (1 - betas[1] ** num_steps.double())).sqrt()
     value.sub_(lr * mean / (1 - betas[0] ** num_steps.double()) / (corrected + eps))
+
+
+def update_on_mixed_meshes(rank: int, world_size: int, implementation: str) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layouts = {
+        "embed.weight": (mesh, (Shard(0), Shard(1))),
+        "proj.weight": (mesh, (Shard(0), Replicate())),
+        "proj.bias": (mesh["dp"], (Shard(0),)),
+        "norm.weight": (mesh["tp"], (Replicate(),)),
+    }
+    parameters = {
+        name: nn.Parameter(distribute_tensor(p.detach(), *layouts[name]))
+        for name, p in small_parameters().items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        if is_ours := implementation == OURS:
+            patch.setattr(optim, "_fit_kernel", lambda parameters: True)
+            patch.setattr(optim, "_kernel", lambda: update_step_by_step)
+            implementation = "fused"
+        config = OptimizerConfig(lr=0.01, implementation=implementation)  # type: ignore[arg-type]
+        optimizer = build_optimizer(parameters.items(), config)
+        assert isinstance(optimizer, optim.TritonAdamW) == is_ours
+        return updated_thrice(parameters, layouts, optimizer, implementation)
+
+
+def updated_thrice(
+    parameters: dict[str, nn.Parameter],
+    layouts: dict[str, tuple[DeviceMesh, tuple[Placement, ...]]],
+    optimizer: Optimizer,
+    implementation: str,
+) -> dict[str, Tensor]:
+    for step in range(1, 4):
+        if implementation == "fused":  # one is refused before each, the very first included
+            for parameter in parameters.values():
+                parameter.grad = torch.full_like(parameter, torch.nan)
+            update_where(optimizer, torch.tensor(False), torch.tensor(1.0))
+        for name, parameter in parameters.items():
+            parameter.grad = distribute_tensor(gradient(parameter, step), *layouts[name])
+        if implementation == "fused" and step == 2:  # a factor of one step alone
+            for parameter in parameters.values():
+                assert parameter.grad is not None
+                parameter.grad *= 4.0
+            update_where(optimizer, torch.tensor(True), torch.tensor(0.25))
+        else:
+            optimizer.step()
+    gathered: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        assert isinstance(parameter, DTensor)
+        gathered[name] = parameter.full_tensor().detach()
+    return gathered
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, OURS])
+def test_parameters_on_several_meshes_get_the_single_process_update(ranks, implementation: str):
+    parameters = small_parameters()
+    alone = "fused" if implementation == OURS else implementation
+    config = OptimizerConfig(lr=0.01, implementation=alone)  # type: ignore[arg-type]
+    optimizer = build_optimizer(parameters.items(), config)
+    for step in range(1, 4):
+        for parameter in parameters.values():
+            parameter.grad = gradient(parameter, step)
+        optimizer.step()
+    for updated in ranks(4, update_on_mixed_meshes, implementation):
+        for name, parameter in parameters.items():
+            difference = (updated[name] - parameter.detach()).abs().max()
+            assert difference < REORDERED_ARITHMETIC, name
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.cli import load_config
 from engine.low_precision import float8_of
@@ -28,10 +29,10 @@ from parallelisms.low_precision import (
     refuse_other_state,
     scaled_bits,
     transposed,
-    zeros_by_rows,
 )
 from parallelisms.mesh import ParallelConfig, ParallelDims
 from parallelisms.resolve import resolve
+from parallelisms.stored import zeros_by_rows
 from scripts.check_config import fake_process_group
 from tests.devices import DEVICES
 from tests.models.tiny import worst_error
@@ -101,19 +102,16 @@ def test_gathered_bits_and_scales_are_those_of_torchao(ranks: RankPool):
 
 
 def bits_of_torchao(rank: int, world_size: int) -> None:
-    from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
     from torchao.float8.float8_training_tensor import LinearMMConfig
     from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor as Weight
 
     convert(GATHERED)  # which puts the cast in place
     dtype, settings, mesh = torch.float8_e4m3fn, LinearMMConfig(), init_device_mesh("cpu", (1,))
     values = torch.randn(48, 32) * torch.logspace(-6, 6, 48)[:, None]
-    expected = hp_tensor_to_float8_dynamic(
-        values, dtype, settings, reduce_amax=True, device_mesh=mesh
-    )
+    expected_scale, expected = scaled_in_doubles(values, values.abs().max(), dtype)
     (bits,), (scale,) = Weight(values, settings, dtype).fsdp_pre_all_gather(mesh)
-    assert torch.equal(scale, expected._scale)
-    assert torch.equal(bits.view(torch.uint8), expected._data.view(torch.uint8))
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(bits.view(torch.uint8), expected.view(torch.uint8))
     # Scales that were computed before stand, and what they make too large saturates.
     (bits,), (kept,) = Weight(values, settings, dtype, scale * 4).fsdp_pre_all_gather(mesh)
     assert kept == scale * 4 and bits.float().abs().max() == torch.finfo(dtype).max
@@ -126,7 +124,12 @@ def test_operands_come_out_as_gpus_multiply_them(
     left_dim: int, right_dim: int, role: str, monkeypatch: pytest.MonkeyPatch
 ):
     from torchao.float8 import float8_ops
-    from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole
+    from torchao.float8.float8_training_tensor import (
+        Float8TrainingTensor,
+        GemmInputRole,
+        LinearMMConfig,
+        ScaledMMConfig,
+    )
 
     convert(TENSORWISE)  # which puts the layout in place, once
     convert(TENSORWISE)
@@ -148,36 +151,79 @@ def test_operands_come_out_as_gpus_multiply_them(
         assert torch.equal(bits.float(), given._data.float())
     assert found[1] == found[3] == 2.0
     assert len(apart) == (left_dim == 0) + (right_dim == 1 and role == "INPUT")
+    # Products that are emulated take their operands as they are.
+    apart.clear()
+    left._linear_mm_config = LinearMMConfig(*[ScaledMMConfig(True, False, False, False)] * 3)
+    right._linear_mm_config = left._linear_mm_config
+    float8_ops.preprocess_addmm(left, right)
+    assert not apart
+
+
+class OperationsSeen(TorchDispatchMode):
+    """Keeps the names of the operations that make a tensor of `size` numbers, and all dtypes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.names, self.dtypes = size, set[str](), set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.dtypes.add(result.dtype)
+            if result.numel() == self.size:
+                self.names.add(func.__name__)
+        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiles", [False, True])
-def test_casts_have_the_bits_of_scales_in_double_precision_cut_to_the_largest_number(
-    dtype: torch.dtype, device: str, compiles: bool
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_casts_have_torchao_s_bits_without_doubles_and_without_cutting_every_number(
+    dtype: torch.dtype, device: str, compiles: bool, by_rows: bool
 ):
+    from torchao.float8.config import ScalingGranularity
     from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
     from torchao.float8.float8_training_tensor import LinearMMConfig
 
     convert(TENSORWISE)  # which puts the casts in place
+    rows: dict[str, Any] = {"axiswise_dim": -1, "round_scales_to_power_of_2": True}
+    rows["scaling_granularity"] = ScalingGranularity.AXISWISE
 
     def cast(values: Tensor) -> tuple[Tensor, Tensor]:
-        found = hp_tensor_to_float8_dynamic(values, dtype, LinearMMConfig())
+        choice = rows if by_rows else {}
+        found = hp_tensor_to_float8_dynamic(values, dtype, LinearMMConfig(), **choice)
         return found._data, found._scale
 
     if compiles:
         backend = "inductor" if device == "cuda" else "aot_eager"
         cast = torch.compile(cast, fullgraph=True, backend=backend)
-    largest = torch.finfo(dtype).max
     for size in (1e-20, 1e-6, 1.0, 3.0, 1e20):
-        values = (torch.randn(64, 512, device=device) * size).bfloat16()
-        scale = (largest / values.abs().max().double().clamp(min=1e-12)).float()
-        bits, found_scale = cast(values)
-        torch.testing.assert_close(found_scale, scale, rtol=3e-7, atol=0)
-        expected = (values.float() * found_scale).clamp(-largest, largest).to(dtype)
-        assert torch.equal(bits.view(torch.uint8), expected.view(torch.uint8))
-        if size > 1e-12:
-            assert bits.float().abs().max() == largest
+        values = torch.randn(64, 512, device=device) * size
+        bits, scale = cast(values)
+        amax = values.abs().amax(-1, keepdim=True) if by_rows else values.abs().max()
+        expected, expected_bits = scaled_in_doubles(values, amax, dtype, scale)
+        expected = torch.exp2(torch.floor(torch.log2(expected))) if by_rows else expected
+        torch.testing.assert_close(scale, expected, rtol=3e-7, atol=0)
+        assert torch.equal(bits.view(torch.uint8), expected_bits.view(torch.uint8))
+        if size > 1e-12 and not by_rows:
+            assert bits.float().abs().max() == torch.finfo(dtype).max
+    if not compiles:
+        with OperationsSeen(values.numel()) as seen:  # pyright: ignore[reportPossiblyUnboundVariable]
+            cast(values)  # pyright: ignore[reportPossiblyUnboundVariable]
+        assert torch.float64 not in seen.dtypes
+        assert seen.names and not any("clamp" in name for name in seen.names)
+
+
+def scaled_in_doubles(
+    values: Tensor, amax: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scale as torchao computes it, and the bits as it cuts and rounds them, of that scale or
+    of a given one."""
+    largest = torch.finfo(dtype).max
+    ours = (largest / amax.double().clamp(min=1e-12)).float()
+    used = ours if scale is None else scale
+    return ours, (values.float() * used).clamp(-largest, largest).to(dtype)
 
 
 @pytest.mark.gpu
@@ -331,7 +377,7 @@ def test_state_that_adamw_saved_becomes_bytes_and_other_state_stays():
 def test_state_that_another_optimizer_or_layout_cannot_read_is_refused():
     parameter = nn.Parameter(torch.zeros(4, 512))
     refuse_other_state(AdamW8bit([{"params": [parameter]}], lr=1.0, betas=(0.9, 0.9), eps=1.0), [])
-    with pytest.raises(ValueError, match=r"AdamW8bit(.|\n)*is of AdamW; set optimizer.name"):
+    with pytest.raises(ValueError, match=r"AdamW8bit(.|\n)*is another; set optimizer.name"):
         refuse_other_state(torch.optim.AdamW([parameter]), ["exp_avg" + CODES])
     assert zeros_by_rows(parameter, (4, 2), torch.float32).shape == (4, 2)
     with fake_process_group(2):
