@@ -4,6 +4,7 @@ Under its power limit a GPU lowers its clock, by as much as its kernels draw; so
 one kernel alone and among others, may differ by that alone.
 """
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ SECONDS_TO_END = 10.0
 
 @contextmanager
 def sampled() -> Iterator[dict[str, Any]]:
-    """Watch the first GPU; when the block is left, the dictionary that it was given is filled.
+    """Watch the first GPU that CUDA may see; when the block is left, its dictionary is filled.
 
     It stays empty where there is no nvidia-smi, or no sample at full load.
     """
@@ -28,7 +29,8 @@ def sampled() -> Iterator[dict[str, Any]]:
     if (program := shutil.which("nvidia-smi")) is None:
         yield found
         return
-    wanted = (f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits", "--id=0")
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    wanted = (f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits", f"--id={first}")
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [program, *wanted, f"--loop-ms={EVERY_MILLISECONDS}"],

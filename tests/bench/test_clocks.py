@@ -27,9 +27,10 @@ def test_medians_are_of_the_samples_at_full_load() -> None:
 def test_the_program_is_asked_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     told = f"cat <<'END'\n{LINES}END\necho $$ > {tmp_path}/pid\nexec sleep 60\n"
-    program.write_text(f"#!/bin/sh\n{told}")
+    program.write_text(f"#!/bin/sh\necho $* > {tmp_path}/words\n{told}")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     pid, deadline = tmp_path / "pid", time.monotonic() + 30.0
     with sampled() as found:
         while not (pid.is_file() and pid.read_text()):
@@ -37,6 +38,7 @@ def test_the_program_is_asked_and_ended(tmp_path: Path, monkeypatch: pytest.Monk
             time.sleep(0.01)
         assert found == {}
     assert found["samples"] == 4
+    assert "--id=3" in (tmp_path / "words").read_text().split()
     assert not psutil.pid_exists(int(pid.read_text()))
 
 
