@@ -168,7 +168,10 @@ _LEAST_ACTIVATIONS = (
     "--activation_checkpoint.mode=full",
 )
 _FSDP2 = "--parallelism.data_parallel_shard_degree=2"
-_FLOAT8_OF_2 = (_FSDP2, "--model.converters=float8")
+_FSDP4 = "--parallelism.data_parallel_shard_degree=4"
+_COPY_ENGINES = "--parallelism.fsdp_copy_engine"
+_KEPT_GATHERED = "--parallelism.fsdp_reshard_after_forward=never"
+_FLOAT8 = "--model.converters=float8"
 _GATHERED = (
     "--quantize.linear.float8.enable_fsdp_float8_all_gather",
     "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
@@ -229,6 +232,7 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _long("CP4 ring", "sdpa", *_shared(4, "ring"), gpus=4, model="8b"),
         _long("CP4 ulysses", "sdpa", *_shared(4, "ulysses"), gpus=4, model="8b"),
         _long("CP4 allgather", "flex", *_shared(4, "allgather"), gpus=4, model="8b"),
+        _long("CP4 ring", "sdpa", *_shared(4, "ring"), gpus=4, model="8b", seq_len=65536),
     ),
     "dense-1gpu": (
         _llama_1b("1 GPU, sdpa", 4, floor=48000.0),
@@ -242,7 +246,7 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _llama_1b(
             "1 GPU, flash, 8 rows, kept gathered",
             8,
-            "--parallelism.fsdp_reshard_after_forward=never",
+            _KEPT_GATHERED,
             attention="flash",
             floor=60500.0,
         ),
@@ -259,8 +263,7 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _llama_8b("llama-8b FSDP2 on 2 GPUs, sdpa, 1 row", _FSDP2, **_ON_2),
         _llama_8b(
             "llama-8b FSDP2 on 2 GPUs, sdpa, 1 row, copy engines",
-            _FSDP2,
-            "--parallelism.fsdp_copy_engine",
+            *(_FSDP2, _COPY_ENGINES),
             **_ON_2,
         ),
         _llama_8b("llama-8b TP2 on 2 GPUs, sdpa, 2 rows", *_TP2, gpus=2, floor=None),
@@ -294,25 +297,20 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         ),
         _llama_8b(
             "llama-8b FSDP2 on 2 GPUs, sdpa, 1 row, copy engines, kept gathered",
-            _FSDP2,
-            "--parallelism.fsdp_copy_engine",
-            "--parallelism.fsdp_reshard_after_forward=never",
+            *(_FSDP2, _COPY_ENGINES, _KEPT_GATHERED),
             **_ON_2,
         ),
     ),
     "float8-2gpu": (
-        _llama_8b("llama-8b float8 on 2 GPUs, 1 row", *_FLOAT8_OF_2, **_ON_2),
+        _llama_8b("llama-8b float8 on 2 GPUs, 1 row", _FSDP2, _FLOAT8, **_ON_2),
         _llama_8b(
             "llama-8b float8 gathered on 2 GPUs, 1 row",
-            *_FLOAT8_OF_2,
-            *_GATHERED,
+            *(_FSDP2, _FLOAT8, *_GATHERED),
             **_ON_2,
         ),
         _llama_8b(
             "llama-8b float8 gathered on 2 GPUs, 1 row, copy engines",
-            *_FLOAT8_OF_2,
-            *_GATHERED,
-            "--parallelism.fsdp_copy_engine",
+            *(_FSDP2, _FLOAT8, *_GATHERED, _COPY_ENGINES),
             **_ON_2,
         ),
     ),
@@ -329,12 +327,11 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
     ),
     "float8-1gpu": (
         _llama_1b("bf16", 4),
-        _llama_1b("float8 tensorwise", 4, "--model.converters=float8"),
+        _llama_1b("float8 tensorwise", 4, _FLOAT8),
         _llama_1b(
             "float8 rowwise",
             4,
-            "--model.converters=float8",
-            "--quantize.linear.float8.recipe_name=rowwise",
+            *(_FLOAT8, "--quantize.linear.float8.recipe_name=rowwise"),
         ),
         _llama_1b("bf16, 8-bit state", 4, "--optimizer.name=AdamW8bit"),
     ),
@@ -359,25 +356,44 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _llama_1b("eager, liger", 2, "--compile.no_enable", "--model.kernels=liger"),
         _llama_1b("eager, loss compiled", 2, "--compile.components=loss"),
     ),
+    # Masters, moments and gradients are 30 GiB on each of four GPUs, a row of 8,192 tokens some 39,
+    # and parameters that are kept gathered 11 more.
     "dense-4gpu": (
-        _llama_8b("llama-8b FSDP4, sdpa", "--parallelism.data_parallel_shard_degree=4"),
+        _llama_8b("llama-8b FSDP4, sdpa", _FSDP4),
         _llama_8b(
             "llama-8b HSDP 2x2, sdpa",
             "--parallelism.data_parallel_replicate_degree=2",
-            "--parallelism.data_parallel_shard_degree=2",
+            _FSDP2,
             local_batch_size=1,
         ),
+        _llama_8b("llama-8b TP2 x FSDP2, sdpa", *_TP2_OF_4),
         _llama_8b(
-            "llama-8b TP2 x FSDP2, sdpa",
-            "--parallelism.tensor_parallel_degree=2",
-            "--parallelism.data_parallel_shard_degree=2",
-        ),
-        _llama_8b(
-            "llama-8b FSDP4, flex, packed documents",
-            "--parallelism.data_parallel_shard_degree=4",
-            attention="flex",
+            "llama-8b FSDP4, cudnn, packed documents",
+            _FSDP4,
+            attention="cudnn",
             dataset="python_stdlib",
             floor=None,
+        ),
+        _llama_8b("llama-8b FSDP4, sdpa, copy engines", _FSDP4, _COPY_ENGINES),
+        _llama_8b("llama-8b FSDP4, sdpa, kept gathered", _FSDP4, _KEPT_GATHERED),
+        _llama_8b("llama-8b FSDP4, flash, copy engines", _FSDP4, _COPY_ENGINES, attention="flash"),
+        _llama_8b("llama-8b TP2 x FSDP2, sdpa, 4 rows", *_TP2_OF_4, local_batch_size=4),
+        _llama_8b(
+            "llama-8b CP2 ring x FSDP2, sdpa, a row of 16,384",
+            *(_FSDP2, *_shared(2, "ring"), "--training.seq_len=16384"),
+            local_batch_size=1,
+            floor=None,
+        ),
+    ),
+    "float8-4gpu": (
+        _llama_8b("llama-8b float8 gathered, FSDP4", _FSDP4, _FLOAT8, *_GATHERED),
+        _llama_8b(
+            "llama-8b float8 gathered, FSDP4, kept gathered",
+            *(_FSDP4, _FLOAT8, *_GATHERED, _KEPT_GATHERED),
+        ),
+        _llama_8b(
+            "llama-8b float8 gathered, FSDP4, copy engines",
+            *(_FSDP4, _FLOAT8, *_GATHERED, _COPY_ENGINES),
         ),
     ),
 }
