@@ -6,7 +6,6 @@ The learning rate over the run is decided in `schedule.py`.
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -140,16 +139,18 @@ class TritonAdamW(AdamW):
             self._init_group(group, parameters, gradients, means, squares, [], steps)
             if not parameters:
                 continue
-            device = steps[0].device
-            found_inf = getattr(self, "found_inf", torch.zeros((), device=device))
-            grad_scale = getattr(self, "grad_scale", torch.ones((), device=device))
+            # As torch's own: absent outside of `update_where`.
+            found_inf, grad_scale = (getattr(self, n, None) for n in ("found_inf", "grad_scale"))
+            found_inf = steps[0].new_zeros(()) if found_inf is None else found_inf
+            grad_scale = steps[0].new_ones(()) if grad_scale is None else grad_scale
             torch._foreach_add_(steps, [1.0 - found_inf] * len(steps))
+            update = _kernel()
             for *tensors, num_steps in zip(
                 parameters, gradients, means, squares, steps, strict=True
             ):
-                held = [local_part(full_precision(tensor)) for tensor in tensors]
+                held = [full_precision(local_part(tensor)) for tensor in tensors]
                 if held[0].numel():
-                    _kernel()(
+                    update(
                         *held,
                         num_steps=num_steps,
                         found_inf=found_inf,
@@ -161,7 +162,6 @@ class TritonAdamW(AdamW):
                     )
 
 
-@lru_cache
 def _kernel() -> Callable[..., None]:
     from parallelisms.triton_kernels import update_by_adamw
 
@@ -169,7 +169,7 @@ def _kernel() -> Callable[..., None]:
 
 
 def _fit_kernel(parameters: Iterable[nn.Parameter]) -> bool:
-    held = [local_part(full_precision(parameter.detach())) for parameter in parameters]
+    held = [full_precision(local_part(parameter.detach())) for parameter in parameters]
     fit = all(x.is_cuda and x.dtype == torch.float32 and x.is_contiguous() for x in held)
     return fit and is_fusible()
 

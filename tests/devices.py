@@ -3,11 +3,6 @@
 import pytest
 import torch
 
-ON_GPU = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ],
-)
+SKIP_WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, SKIP_WITHOUT_GPU])
 DEVICES = ["cpu", ON_GPU]

@@ -356,8 +356,8 @@ SUITES: dict[str, tuple[BenchRow, ...]] = {
         _llama_1b("eager, liger", 2, "--compile.no_enable", "--model.kernels=liger"),
         _llama_1b("eager, loss compiled", 2, "--compile.components=loss"),
     ),
-    # Masters, moments and gradients are 30 GiB on each of four GPUs, a row of 8,192 tokens some 39,
-    # and parameters that are kept gathered 11 more.
+    # Masters, moments and gradients are 30 GiB on each of four GPUs, a row of 8,192 tokens some 39;
+    # parameters that are kept gathered should take 11 more.
     "dense-4gpu": (
         _llama_8b("llama-8b FSDP4, sdpa", _FSDP4),
         _llama_8b(

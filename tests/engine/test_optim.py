@@ -164,29 +164,20 @@ def test_a_setting_that_cannot_work_is_refused_by_name_and_value(key: str, value
         OptimizerConfig(**{key: value})  # type: ignore[arg-type]
 
 
-def update_step_by_step(
+def update_by_torch(
     value: Tensor,
     gradient: Tensor,
     mean: Tensor,
     square: Tensor,
     *,
-    num_steps: Tensor,
-    found_inf: Tensor,
-    grad_scale: Tensor,
-    lr: float,
     betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    num_steps: Tensor,
+    **settings: Any,
 ) -> None:
-    """What the kernel of `parallelisms/triton_kernels.py` does, on any device."""
-    if found_inf:
-        return
-    gradient = gradient / grad_scale
-    value.mul_(1 - lr * weight_decay)
-    mean.lerp_(gradient, 1 - betas[0])
-    square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    corrected = (square / (1 - betas[1] ** num_steps.double())).sqrt()
-    value.sub_(lr * mean / (1 - betas[0] ** num_steps.double()) / (corrected + eps))
+    """What `update_by_adamw` does, for the CPU, by the kernel that torch's AdamW calls."""
+    settings |= {"beta1": betas[0], "beta2": betas[1], "amsgrad": False, "maximize": False}
+    tensors = ([value], [gradient.contiguous()], [mean], [square], [], [num_steps])
+    torch._fused_adamw_(*tensors, **settings)
 
 
 def update_on_mixed_meshes(rank: int, world_size: int, implementation: str) -> dict[str, Tensor]:
@@ -204,7 +195,7 @@ def update_on_mixed_meshes(rank: int, world_size: int, implementation: str) -> d
     with pytest.MonkeyPatch.context() as patch:
         if is_ours := implementation == OURS:
             patch.setattr(optim, "_fit_kernel", lambda parameters: True)
-            patch.setattr(optim, "_kernel", lambda: update_step_by_step)
+            patch.setattr(optim, "_kernel", lambda: update_by_torch)
             implementation = "fused"
         config = OptimizerConfig(lr=0.01, implementation=implementation)  # type: ignore[arg-type]
         optimizer = build_optimizer(parameters.items(), config)
@@ -267,7 +258,7 @@ def test_a_kernel_of_our_own_does_what_torch_s_does(
     def trained(kernel: bool) -> tuple[dict[str, nn.Parameter], dict[str, Any], type]:
         with monkeypatch.context() as patch:
             if device == "cpu":
-                patch.setattr(optim, "_kernel", lambda: update_step_by_step)
+                patch.setattr(optim, "_kernel", lambda: update_by_torch)
             if device == "cpu" or not kernel:
                 patch.setattr(optim, "_fit_kernel", lambda parameters: kernel)
             parameters = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.loop import fit
 from engine.stalls import PROTOTYPE_WARNING, SYNC_WARNING, HostSyncs, StallWatch, start_reading
 from engine.trackers import format_row
+from tests.devices import SKIP_WITHOUT_GPU
 from tests.engine.tiny_run import packed_documents, rows_of_run, tiny_config, tiny_folder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -219,7 +220,7 @@ class WaitsInBackward(torch.autograd.Function):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@SKIP_WITHOUT_GPU
 def test_real_syncs_are_counted_forward_and_backward(recwarn):
     x = torch.ones(8, device="cuda", requires_grad=True)
     on_host = torch.ones(8)
@@ -246,7 +247,7 @@ def test_real_syncs_are_counted_forward_and_backward(recwarn):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@SKIP_WITHOUT_GPU
 @pytest.mark.parametrize(
     "options",
     [

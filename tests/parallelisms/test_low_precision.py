@@ -34,7 +34,7 @@ from parallelisms.mesh import ParallelConfig, ParallelDims
 from parallelisms.resolve import resolve
 from parallelisms.stored import zeros_by_rows
 from scripts.check_config import fake_process_group
-from tests.devices import DEVICES
+from tests.devices import DEVICES, SKIP_WITHOUT_GPU
 from tests.models.tiny import worst_error
 from tests.parallelisms import low_precision_cases as cases
 from tests.ranks import RankPool
@@ -227,7 +227,7 @@ def scaled_in_doubles(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@SKIP_WITHOUT_GPU
 def test_a_gpu_transposes_bytes_of_any_shape_compiled_or_not():
     from parallelisms.triton_kernels import transposed as on_gpu
 

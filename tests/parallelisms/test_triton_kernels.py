@@ -9,15 +9,20 @@ import pytest
 import torch
 from torch import nn
 
+from tests.devices import DEVICES
+
 ROOT = Path(__file__).parents[2]
 FP32_ROUNDING = 1e-6  # of a parameter that one update moves by 1e-2
 
 
-def test_adamw_is_torch_s_for_any_length_and_gradient_and_writes_nothing_where_refused():
+@pytest.mark.parametrize("device", DEVICES)
+def test_adamw_is_torch_s_for_any_length_and_gradient_and_writes_nothing_where_refused(
+    device: str,
+):
     pytest.importorskip("triton")
     # Triton reads the variable when its functions are made.
-    mode = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.parallelisms.test_triton_kernels"]
+    mode = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.parallelisms.test_triton_kernels", device]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **mode}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -55,7 +60,6 @@ def updates_as_torch(
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [
         (count, betas, dtype)
         for count in (1, 511, 1500)
@@ -63,5 +67,5 @@ if __name__ == "__main__":
         for dtype in (torch.float32, torch.bfloat16)
     ]
     for case in cases:
-        updates_as_torch(*case, device=device)
+        updates_as_torch(*case, device=sys.argv[1])
     print(len(cases), "cases")

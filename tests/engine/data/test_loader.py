@@ -19,6 +19,7 @@ from engine.data.batch import (
 )
 from engine.data.loader import DataloaderConfig, train_batches, validation_batches
 from engine.data.rows import DummyRows, RowSource
+from tests.devices import SKIP_WITHOUT_GPU
 
 RowsOf = Callable[..., RowSource]
 NO_WORKERS = DataloaderConfig()
@@ -307,7 +308,7 @@ def test_loader_settings_check_themselves():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@SKIP_WITHOUT_GPU
 def test_pinned_batches_are_pinned(rows: RowSource):
     batch = next(training(rows, dataloader=DataloaderConfig(pin_memory=True)))
     assert batch.tokens_BT.is_pinned() and batch.labels_BT.is_pinned()
